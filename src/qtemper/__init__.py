@@ -1,0 +1,51 @@
+"""qtemper: quantization-aware training at 1 to 8 bits by noise tempering.
+
+`prepare` puts quantizers into a float model, `calibrate` gives them their scales, `param_groups` is for the
+optimizer, and `set_progress` (or `Tempering.step`) goes once into each training step.
+"""
+
+from qtemper.calibrate import calibrate, float_mode, reestimate_batch_norm
+from qtemper.curvature import update_curvature
+from qtemper.errors import (
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    NotCalibratedError,
+    UnsupportedModuleError,
+)
+from qtemper.methods import available as methods_available
+from qtemper.methods import get_method
+from qtemper.prepare import BitPolicy, Plan, Row, Rule, make_plan, param_groups, prepare, quantizer_table
+from qtemper.quantizer import Grid, Method, Quantizer, QuantSpec, Rounding, Tempering, quantizers, set_progress
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "BitPolicy",
+    "CalibrationError",
+    "CheckpointError",
+    "ConfigError",
+    "Grid",
+    "Method",
+    "NotCalibratedError",
+    "Plan",
+    "QuantSpec",
+    "Quantizer",
+    "Rounding",
+    "Row",
+    "Rule",
+    "Tempering",
+    "UnsupportedModuleError",
+    "calibrate",
+    "float_mode",
+    "get_method",
+    "make_plan",
+    "methods_available",
+    "param_groups",
+    "prepare",
+    "quantizer_table",
+    "quantizers",
+    "reestimate_batch_norm",
+    "set_progress",
+    "update_curvature",
+]

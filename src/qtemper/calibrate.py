@@ -1,0 +1,287 @@
+"""Give every quantizer its first scale from data, and re-estimate batch norm afterwards.
+
+The float network runs over the calibration batches while every activation quantizer keeps a bounded sample of what
+it saw; weights are at hand. All scales are found before any is set, so a failure leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qtemper import functional as F
+from qtemper.errors import CalibrationError
+from qtemper.functional import CodeRange, Levels
+from qtemper.layers import QuantLayer
+from qtemper.quantizer import Quantizer, QuantSpec, quantizers
+
+Observer = Literal["mse", "percentile", "max", "lsq"]
+OBSERVERS: tuple[Observer, ...] = ("mse", "percentile", "max", "lsq")
+
+PERCENTILE = 99.99
+"""Share of the magnitudes, in percent, that `percentile` keeps unclipped."""
+
+SAMPLES_PER_BATCH = 2**16
+"""Elements that each activation quantizer keeps of each batch: enough for a scale, little enough for memory."""
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    observer: Observer = "mse",
+    batch_norm: bool = False,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> nn.Module:
+    """Set the scale of every quantizer; settle whether each `auto` input is signed.
+
+    Args:
+        model: a prepared model, in any mode, on any device; its mode is kept.
+        batches: inputs, or tuples whose first entry is the input, or whatever `forward` takes. 256 to 1,024 samples
+            are usually enough. Batches are moved to the model's device.
+        observer: `mse` (least mean squared error), `percentile`, `max` (nothing clipped), or `lsq`
+            (2 * mean|x| / sqrt(qmax), Esser et al. 2020, section 2.1).
+        batch_norm: afterwards re-estimate batch-norm statistics in the quantized network from the same batches.
+        forward: how to run the model on a batch, if not `model(batch)`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CalibrationError: no batches; constant, all-zero or non-finite input or weights (the message names the
+            layer); a layer that never ran.
+        ValueError: unknown observer, or a model without quantizers.
+    """
+    if observer not in OBSERVERS:
+        raise ValueError(f"unknown observer {observer!r}; use one of {', '.join(OBSERVERS)}.")
+    if not any(True for _ in quantizers(model)):
+        raise ValueError("the model has no quantizers; call qtemper.prepare(model, method, policy) first.")
+    run = forward or _default_forward
+    kept = list(batches)
+    if not kept:
+        raise CalibrationError("calibrate got no batches; pass at least one batch of inputs (a consumed iterator?).")
+    found = _observe_weights(model) | _observe_activations(model, kept, run)
+    settings = {}
+    for name, quantizer in quantizers(model):
+        settings[name] = _fit(name, quantizer.spec, found[name], observer)
+    for name, quantizer in quantizers(model):
+        levels, scale = settings[name]
+        quantizer.grid.initialize(levels, scale)
+    if batch_norm:
+        reestimate_batch_norm(model, kept, forward=run)
+    return model
+
+
+@contextlib.contextmanager
+def float_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """The model with all quantizers off: the float network with the latent weights, inside a `with`."""
+    affected = [quantizer for _, quantizer in quantizers(model) if quantizer.enabled]
+    for quantizer in affected:
+        quantizer.enabled = False
+    try:
+        yield model
+    finally:
+        for quantizer in affected:
+            quantizer.enabled = True
+
+
+def reestimate_batch_norm(
+    model: nn.Module, batches: Iterable[Any], *, forward: Callable[[nn.Module, Any], Any] | None = None
+) -> None:
+    """Replace batch-norm running statistics by the plain average over `batches` in the quantized network.
+
+    Only batch-norm layers run in training mode meanwhile; everything else, noise included, in eval mode.
+    """
+    run = forward or _default_forward
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's word for a cumulative average
+        norm.train()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                run(model, _to_device(batch, model))
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _default_forward(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, dict):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+def _to_device(batch: Any, model: nn.Module) -> Any:
+    device = next(model.parameters()).device
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {key: _to_device(value, model) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(_to_device(value, model) for value in batch)
+    return batch
+
+
+class _Sample:
+    """A bounded sample of a tensor seen in pieces, with the exact extremes; rows are channels, or one row."""
+
+    def __init__(self, spec: QuantSpec) -> None:
+        self.axis = spec.channel_axis
+        self.pieces: list[Tensor] = []
+        self.minimum = math.inf
+        self.maximum = -math.inf
+
+    def add(self, x: Tensor, limit: int | None = None) -> None:
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        # NaN propagates through both.
+        self.minimum = min(self.minimum, float(x.min())) if not math.isnan(self.minimum) else math.nan
+        self.maximum = max(self.maximum, float(x.max())) if not math.isnan(self.maximum) else math.nan
+        rows = x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).reshape(x.shape[self.axis], -1)
+        if limit is not None and rows.numel() > limit:
+            # A stride that is coprime to the usual image sizes walks over all positions and channels.
+            keep = max(1, limit // rows.shape[0])
+            index = (torch.arange(keep, device=rows.device) * _coprime_stride(rows.shape[1], keep)) % rows.shape[1]
+            rows = rows[:, index]
+        self.pieces.append(rows.cpu())
+
+    def rows(self) -> Tensor:
+        return torch.cat(self.pieces, dim=1)
+
+
+def _coprime_stride(length: int, keep: int) -> int:
+    stride = max(1, length // keep)
+    while math.gcd(stride, length) != 1:
+        stride += 1
+    return stride
+
+
+def _observe_weights(model: nn.Module) -> dict[str, _Sample]:
+    found = {}
+    for layer in model.modules():
+        if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None:
+            sample = _Sample(layer.weight_quantizer.spec)
+            sample.add(layer.latent_weight)
+            found[layer.weight_quantizer.name] = sample
+    return found
+
+
+def _observe_activations(
+    model: nn.Module, batches: list[Any], run: Callable[[nn.Module, Any], Any]
+) -> dict[str, _Sample]:
+    targets = [
+        layer.act_quantizer
+        for layer in model.modules()
+        if isinstance(layer, QuantLayer) and layer.act_quantizer is not None
+    ]
+    samples = {quantizer.name: _Sample(quantizer.spec) for quantizer in targets}
+
+    def keep(quantizer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(quantizer, Quantizer)
+        samples[quantizer.name].add(inputs[0], SAMPLES_PER_BATCH)
+
+    hooks = [quantizer.register_forward_pre_hook(keep) for quantizer in targets]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with float_mode(model), torch.no_grad():
+            for batch in batches:
+                run(model, _to_device(batch, model))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return samples
+
+
+def _fit(name: str, spec: QuantSpec, sample: _Sample, observer: Observer) -> tuple[Levels, Tensor]:
+    """Kind of grid and scale for one quantizer."""
+    is_weight = name.endswith("weight_quantizer")
+    what = f"the {'weight' if is_weight else 'input'} of {name.rsplit('.', 1)[0] if '.' in name else 'the model'}"
+    way_out = f"or keep the layer in float with Rule({name.rpartition('.')[0]!r}, weight=32, activation=32)"
+    if not sample.pieces:
+        raise CalibrationError(f"{what} was never seen: no batch reached the layer; pass batches that do, {way_out}.")
+    low, high = sample.minimum, sample.maximum
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise CalibrationError(f"{what} has NaN or infinite values; check the weights before it and the batches.")
+    if low == high == 0:
+        raise CalibrationError(f"{what} is all zero, no scale fits; pass real batches or trained weights, {way_out}.")
+    if low == high and not is_weight:
+        raise CalibrationError(f"{what} is constant ({low:g}), no scale fits; pass real batches, {way_out}.")
+    levels = spec.resolve(has_negative=low < 0 or is_weight)
+    if levels == "unsigned" and low < 0:
+        raise CalibrationError(
+            f"{what} has negative values (down to {low:g}) but its grid is unsigned; "
+            "set its levels to 'signed' or 'auto' in the policy."
+        )
+    rows = sample.rows()
+    scale = search_scale(rows, F.code_range(spec.bits, levels), observer)
+    # A dead channel (a pruned filter) has no scale of its own; any will do, and the others' keeps it in proportion.
+    dead = rows.abs().amax(dim=1) == 0
+    if dead.any():
+        scale[dead] = scale[~dead].median()
+    return levels, scale if spec.channel_axis is not None else scale[0]
+
+
+def search_scale(rows: Tensor, codes: CodeRange, observer: Observer) -> Tensor:
+    """Bin size for each row of samples.
+
+    Args:
+        rows: samples, shape (channels, n), float.
+        codes: the grid's range.
+        observer: the criterion; see `calibrate`.
+
+    Returns:
+        Scales, shape (channels,), in the unit of `rows`; 0 for a row of zeros.
+    """
+    outermost = _max_scale(rows, codes)
+    if observer == "max":
+        return outermost
+    if observer == "percentile":
+        kept = max(1, math.ceil(rows.shape[1] * PERCENTILE / 100))
+        clipped = rows.abs().kthvalue(kept, dim=1).values
+        return _max_scale(torch.minimum(torch.maximum(rows, -clipped[:, None]), clipped[:, None]), codes)
+    if observer == "lsq":
+        return 2 * rows.abs().mean(dim=1) / math.sqrt(codes.qmax or -codes.qmin)
+    return _mse_scale(rows, codes, outermost)
+
+
+def _max_scale(rows: Tensor, codes: CodeRange) -> Tensor:
+    """The smallest bin size that clips nothing."""
+    top = rows.amax(dim=1).clamp_min(0)
+    bottom = (-rows.amin(dim=1)).clamp_min(0)
+    above, below = codes.qmax - codes.zero_point, codes.zero_point - codes.qmin
+    scale = top / above if above > 0 else torch.zeros_like(top)
+    if below > 0:
+        scale = torch.maximum(scale, bottom / below)
+    return scale
+
+
+def _mse_scale(rows: Tensor, codes: CodeRange, outermost: Tensor) -> Tensor:
+    """Least-squares bin size: a coarse search over fractions of the unclipped one, then a fine one around it."""
+
+    def errors(fractions: Tensor) -> Tensor:
+        out = []
+        for fraction in fractions.T:
+            scale = (outermost * fraction).clamp_min(torch.finfo(rows.dtype).tiny)[:, None]
+            x_hat = F.decode(torch.round(F.encode(rows, scale, codes)), scale, codes)
+            out.append((x_hat - rows).square().mean(dim=1))
+        return torch.stack(out, dim=1)
+
+    coarse = torch.logspace(math.log10(0.02), math.log10(1.25), 48, dtype=rows.dtype)
+    best = coarse[errors(coarse.expand(rows.shape[0], -1)).argmin(dim=1)]
+    fine = best[:, None] * torch.linspace(0.92, 1.08, 17, dtype=rows.dtype)
+    best = fine.gather(1, errors(fine).argmin(dim=1, keepdim=True))[:, 0]
+    return outermost * best

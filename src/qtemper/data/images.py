@@ -1,0 +1,226 @@
+"""Image sets in memory, and their batches: shuffled, cropped, flipped, normalised.
+
+Images stay uint8 (N, C, H, W) on one device until `normalize`. Every batch is a pure function of seed, epoch and
+step, with no generator state in between, so that a run can stop anywhere and go on with the same pixels.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qtemper.functional import counter_uniform, derive_key
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+"""Pairs (images, labels): float32 (B, C, H, W), normalised, and int64 (B,)."""
+
+NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)),
+    "half": ((0.5,), (0.5,)),
+}
+"""Mean and standard deviation per channel, of pixels in [0, 1]; `half` fits any number of channels.
+
+`cifar10` is what EWGS and chenyaofo's checkpoints use; its std is the mean of the images' own, below that of all pixels.
+"""
+
+# First word of the keys: keeps these streams apart from one another and from the quantizers' noise.
+_CROP_ROW, _CROP_COLUMN, _FLIP, _ORDER = 0x1D47A001, 0x1D47A002, 0x1D47A003, 0x1D47A004
+
+
+class DataError(ValueError):
+    """A data set is missing or damaged; the message is one sentence with the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a data set.
+
+    Attributes:
+        images: uint8, shape (N, C, H, W).
+        labels: int64, shape (N,).
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Split:
+        """The same split on `device`."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set for classification; `classes[label]` is the label's name."""
+
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+
+    def to(self, device: torch.device | str) -> ImageData:
+        """The same data on `device`."""
+        return ImageData(self.name, self.train.to(device), self.test.to(device), self.classes)
+
+
+def normalize(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
+    """`(images / 255 - mean) / std`, per channel.
+
+    Args:
+        images: uint8, shape (N, C, H, W).
+        mean: C values, or one for all channels, of pixels in [0, 1].
+        std: like `mean`.
+
+    Returns:
+        float32, shape (N, C, H, W), on the images' device.
+
+    Raises:
+        ValueError: if `mean` or `std` has neither C values nor one.
+    """
+    for values in (mean, std):
+        if len(values) not in (1, images.shape[1]):
+            raise ValueError(
+                f"{len(values)} values cannot normalise images of {images.shape[1]} channels; "
+                'use normalization="half", which fits any number.'
+            )
+    shift, width = (_on_device(values, images.device).view(-1, 1, 1) for values in (mean, std))
+    return (images.to(torch.float32) / 255 - shift) / width
+
+
+def augment(
+    images: Tensor, index: Tensor, *, seed: int, epoch: int, padding: int = 4, flip: bool = True
+) -> Tensor:
+    """Random crop from a black border and random horizontal flip, one of each per image.
+
+    An image's crop depends on `seed`, `epoch` and its own `index` alone, not on its batch or the device.
+
+    Args:
+        images: uint8, shape (N, C, H, W), before normalisation.
+        index: each image's position in its data set, integer, shape (N,).
+        seed: the run's seed.
+        epoch: passes over the data set so far.
+        padding: width of the border, in pixels; the crop moves by up to this much in each direction.
+        flip: whether to mirror every image with probability 1/2.
+
+    Returns:
+        Like `images`.
+    """
+    count, channels, height, width = images.shape
+    index = index.to(torch.int32)
+
+    def uniform(stream: int) -> Tensor:
+        # The key stays on the CPU: its two words enter as scalars, without a copy for which a GPU waits.
+        return counter_uniform(index, torch.tensor(derive_key(stream, seed, epoch), dtype=torch.int32))
+
+    # `2 * padding + 1` is odd, and u <= 1 - 2**-24, so that the float32 product always stays below it.
+    top, left = ((uniform(s) * (2 * padding + 1)).to(torch.int64) for s in (_CROP_ROW, _CROP_COLUMN))
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device).expand(count, width)
+    if flip:
+        columns = torch.where(uniform(_FLIP)[:, None] < 0.5, columns.flip(1), columns)
+    columns = left[:, None] + columns
+
+    bordered = F.pad(images, (padding,) * 4)
+    pixels = (rows[:, :, None] * bordered.shape[3] + columns[:, None, :]).view(count, 1, -1)
+    return bordered.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view(images.shape)
+
+
+def epoch_order(n: int, *, seed: int, epoch: int) -> Tensor:
+    """A permutation of `0 .. n - 1`, int64, on the CPU: a pure function of `seed` and `epoch`."""
+    generator = torch.Generator().manual_seed(derive_key(_ORDER, seed, epoch)[0])
+    return torch.randperm(n, generator=generator)
+
+
+def train_batches(
+    split: Split,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    first_step: int = 0,
+    padding: int = 4,
+    flip: bool = True,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Batches:
+    """The full batches of one epoch, shuffled, augmented and normalised, on the split's device.
+
+    The `len(split) % batch_size` images that do not fill a batch are dropped: other ones in every epoch.
+
+    Args:
+        split: the images.
+        batch_size: images per batch.
+        seed: the run's seed.
+        epoch: passes over the data set so far.
+        first_step: batches to leave out; the rest is the same as without.
+        padding: see `augment`.
+        flip: see `augment`.
+        mean: see `normalize`.
+        std: see `normalize`.
+
+    Raises:
+        ValueError: if the split has no full batch, or `first_step` is not one of the epoch's steps.
+    """
+    _check_batch_size(batch_size)
+    if batch_size > len(split):
+        raise ValueError(
+            f"batch_size {batch_size} is more than the {len(split)} images, so no batch is full; lower batch_size."
+        )
+    num_steps = len(split) // batch_size
+    if not 0 <= first_step <= num_steps:
+        raise ValueError(f"first_step must be 0 to {num_steps} (batches per epoch), got {first_step}.")
+    device = split.images.device
+    order = epoch_order(len(split), seed=seed, epoch=epoch).to(device)
+    shift, width = _on_device(mean, device), _on_device(std, device)  # once: a copy makes a GPU wait
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        index = order[step * batch_size : (step + 1) * batch_size]
+        images = augment(split.images[index], index, seed=seed, epoch=epoch, padding=padding, flip=flip)
+        return normalize(images, shift, width), split.labels[index]
+
+    return map(batch, range(first_step, num_steps))
+
+
+def test_batches(split: Split, batch_size: int, mean: Sequence[float], std: Sequence[float]) -> Batches:
+    """All images in their order, normalised; the last batch may be smaller.
+
+    Raises:
+        ValueError: if `batch_size` is below 1.
+    """
+    _check_batch_size(batch_size)
+    parts = (slice(first, first + batch_size) for first in range(0, len(split), batch_size))
+    return ((normalize(split.images[part], mean, std), split.labels[part]) for part in parts)
+
+
+def optional_module(name: str, extra: str) -> Any:
+    """Import a module that only some users need.
+
+    Raises:
+        ModuleNotFoundError: naming the extra of this package that installs it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        raise ModuleNotFoundError(
+            f"{package} is not installed: `pip install qtemper[{extra}]`.", name=package
+        ) from error
+
+
+def _on_device(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.float32, device=device)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")

@@ -1,0 +1,123 @@
+"""Quantized layers: two quantizers and the float layer's own maths.
+
+A quantized layer is a subclass of the layer it replaces. Its input goes through `act_quantizer`, and its attribute
+`weight` is the fake-quantized weight, as under torch's own parametrizations; the float ("latent") weight stays the
+registered parameter of that name, so optimizers, state-dict keys and everything else see it where it was, and the
+float class's forward runs unchanged, a user's subclass with its own forward included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtemper.quantizer import Quantizer
+
+QUANTIZERS = {"weight": "weight_quantizer", "activation": "act_quantizer"}
+
+
+class QuantLayer(nn.Module):
+    """Mixin in front of a float layer's class; made by `quantize_layer`, never constructed directly."""
+
+    weight_quantizer: Quantizer | None
+    act_quantizer: Quantizer | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The fake-quantized weight; the latent one is `latent_weight`."""
+        latent = self.latent_weight
+        return latent if self.weight_quantizer is None else self.weight_quantizer(latent)  # type: ignore[no-any-return]
+
+    @property
+    def latent_weight(self) -> nn.Parameter:
+        """The float weight that the optimizer trains."""
+        latent = self._parameters["weight"]
+        assert latent is not None
+        return latent
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The float layer's forward on quantized operands."""
+        if self.act_quantizer is not None:
+            x = self.act_quantizer(x)
+        return super().forward(x, *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        present = [name for name in QUANTIZERS.values() if getattr(self, name) is not None]
+        if any(key.startswith(prefix + name + ".") for key in state_dict for name in present):
+            return
+        # A float checkpoint loads strictly: its quantizers are neither missing nor kept, but to be calibrated.
+        # (torch hands this same dict on to the children.)
+        for name in present:
+            quantizer = getattr(self, name)
+            quantizer.grid.reset()
+            state_dict.update({f"{prefix}{name}.{key}": v for key, v in quantizer.state_dict().items()})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A class made at run time cannot be found by name: rebuild it from the float class.
+        return _rebuild, (float_class(type(self)),), self.__getstate__()  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+
+# The public float layers; subclasses of them, a user's included, get their quantized class on demand.
+QUANTIZABLE: tuple[type[nn.Module], ...] = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+
+_quant_classes: dict[type[nn.Module], type[QuantLayer]] = {}
+
+
+def quant_class(cls: type[nn.Module]) -> type[QuantLayer]:
+    """The quantized subclass of a float layer's class, the same object every time."""
+    if cls not in _quant_classes:
+        _quant_classes[cls] = type(f"Quant{cls.__name__}", (QuantLayer, cls), {"__module__": __name__})
+    return _quant_classes[cls]
+
+
+def float_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The float class of a quantized layer's class."""
+    return cls.__mro__[2] if issubclass(cls, QuantLayer) else cls
+
+
+QuantConv1d, QuantConv2d, QuantConv3d = (quant_class(c) for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d = (
+    quant_class(c) for c in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+)
+QuantLinear = quant_class(nn.Linear)
+
+
+def quantize_layer(layer: nn.Module, weight: Quantizer | None, act: Quantizer | None) -> nn.Module:
+    """Turn a float layer, in place, into its quantized subclass.
+
+    In place, so that hooks, attributes and every other reference to the module stay what they are.
+    """
+    layer.__class__ = quant_class(type(layer))
+    layer.weight_quantizer = weight
+    layer.act_quantizer = act
+    return layer
+
+
+def weight_channel_axis(layer: nn.Module) -> int:
+    """The axis of a layer's weight that counts its output channels."""
+    return 1 if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) else 0
+
+
+def input_channels(layer: nn.Module) -> int:
+    """Number of input channels (features) of a quantizable layer."""
+    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)  # type: ignore[arg-type]
+
+
+def _rebuild(cls: type[nn.Module]) -> nn.Module:
+    layer = torch.nn.Module.__new__(quant_class(cls))
+    assert isinstance(layer, nn.Module)
+    return layer

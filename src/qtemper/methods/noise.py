@@ -1,0 +1,59 @@
+"""Plain additive uniform noise: the pseudo-quantization noise of the UNIQ / DiffQ / NIPQ family.
+
+Baskin et al., "UNIQ", arXiv 1804.10969; Defossez et al., "DiffQ", arXiv 2104.09987; Shin et al., "NIPQ",
+CVPR 2023. What they share, at a fixed bit width and on a uniform grid:
+
+    training   x_hat = s * (v + zeta - z),    zeta ~ U(-1/2, 1/2),    v = clamp(x / s + z, qmin, qmax)
+    eval       x_hat = s * (round(v) - z)
+    backward   dL/dx = g inside the range, 0 outside;    dL/ds = LSQ's with zeta for round(v) - v
+
+Learned: `s`, by LSQ's gradient. The noise has the variance of a quantization error that is uniform in its bin
+(1/12), is blind to the element's own error, and never decays: the baseline that noise tempering improves on.
+
+Our reading: the papers' own ranges (min/max, softplus-learned clip) and learned bit widths are left out, so that
+against `lsq` and `tempering` exactly one thing differs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from qtemper import functional as F
+from qtemper.methods.lsq import LearnedStep
+from qtemper.quantizer import Grid, Method, NoiseSource, QuantSpec, Rounding, TensorKind
+
+
+@final
+class UniformNoise(Rounding):
+    """Forward `v + U(-1/2, 1/2)`, backward `g`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = NoiseSource()
+
+    def forward(self, v: Tensor) -> Tensor:
+        """Add noise."""
+        return F.replace_value(v, v.detach() + (self.noise(v) - 0.5).to(v.dtype))
+
+    def set_progress(self, progress: float) -> None:
+        """Fresh noise."""
+        self.noise.set_progress(progress)
+
+
+@final
+@dataclass(frozen=True)
+class Noise(Method):
+    """Learned step, additive uniform noise instead of rounding, for weights and activations."""
+
+    name: ClassVar[str] = "noise"
+
+    def grid(self, kind: TensorKind, spec: QuantSpec, num_channels: int) -> Grid:
+        """The learned step."""
+        return LearnedStep(spec, num_channels, batched=kind == "activation")
+
+    def rounding(self, kind: TensorKind, spec: QuantSpec) -> Rounding:  # noqa: ARG002
+        """Additive noise."""
+        return UniformNoise()

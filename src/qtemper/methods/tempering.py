@@ -1,0 +1,261 @@
+"""Noise tempering: error-aware noise that decays exponentially, and a learnable scale of the task-loss gradient.
+
+Wang, Li, Qu, Metze and Strubell, "Error-aware Quantization through Noise Tempering", arXiv 2212.05603, 2022.
+
+Stated by the abstract: noise aware of the quantization error, decaying exponentially, and a learnable scale on the
+task-loss gradient, per quantizer; the noise holds a curvature term that draws training to flatter minima.
+Our reading, everything below (no text beyond the abstract, and no code, was available):
+
+    training   x_hat = s * (q - z + T * zeta * e),    q = round(v),  e = v - q,  fresh zero-mean zeta each step
+    eval       x_hat = s * (q - z)
+    T          T0 * exp(-kappa * progress), exactly 0 once below T_min
+    backward   dL/dx = g * max(0, 1 + delta * sign(g) * (v - v')) inside the range, 0 outside;  v' = q + T * zeta * e
+               dL/ds = c * sum g * (v' - v) inside,  g * (qmin or qmax - z) where clipped;  c as in LSQ
+
+The noise is zero on grid points and in the clipped region, largest at bin edges, and measured in bins. In
+expectation `L(x_hat)` gains `T^2 / 2 * Var(zeta) * sum e^2 s^2 H_ii`: the curvature term.
+Identities: T = 0 and delta = 0 is LSQ; T = 0 and delta > 0 is EWGS; both to the bit (tests/test_tempering.py).
+
+Noise (`noise`): `uniform` U(-sqrt3, sqrt3), `rademacher` +-1, `gaussian`, all of unit variance; `toward_input`
+zeta ~ U(0, 1), v' between q and v; `on_grid` v' = q + sign(e) with probability T |e|, integers throughout (at T = 1
+unbiased stochastic rounding; its variance |e| (1 - |e|) is the curvature term of LOTION, arXiv 2510.08757).
+
+Rules for delta (`delta_rule`), how it is learned being unpublished:
+- `fixed`: a constant.
+- `hessian`: EWGS's formula every few epochs.
+- `gradient`: a parameter that also scales the noise, T * delta * zeta * e, and is trained by the task loss through it.
+- `correlation` (ours): `sum(g * eta) / sum(eta^2)` with eta = T * zeta * e estimates the mean Hessian diagonal at no
+  extra pass; a running average of it goes into EWGS's formula.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from qtemper import functional as F
+from qtemper.methods.ewgs import DELTA_MAX, Delta, FixedDelta, HessianDelta, delta_from_curvature
+from qtemper.methods.lsq import LearnedStep
+from qtemper.quantizer import Grid, Method, NoiseSource, QuantSpec, Rounding, TensorKind
+from qtemper.schedules import Exponential, Schedule
+
+NoiseName = Literal["none", "uniform", "rademacher", "gaussian", "toward_input", "on_grid"]
+RuleName = Literal["fixed", "hessian", "gradient", "correlation"]
+
+ZETA: dict[str, Callable[[Tensor], Tensor]] = {
+    "uniform": lambda u: (2 * u - 1) * math.sqrt(3.0),
+    "rademacher": lambda u: torch.where(u < 0.5, -1.0, 1.0),
+    "gaussian": F.gaussian_from_uniform,
+    "toward_input": lambda u: u,
+}
+"""Multiplier of the error from uniform noise in (0, 1). `on_grid` jumps instead of multiplying."""
+
+ZERO_MEAN = ("uniform", "rademacher", "gaussian")
+
+
+@final
+class GradientDelta(Delta):
+    """Delta as a parameter, trained by the task loss because it also scales the noise; kept in [floor, 2)."""
+
+    def __init__(self, value: float, floor: float = 1e-3) -> None:
+        super().__init__()
+        self.floor = floor
+        self.value = nn.Parameter(torch.tensor(max(value, floor)))
+
+    def gain(self) -> Tensor:
+        """Delta with its gradient."""
+        return F.replace_value(self.value, self.value.detach().clamp(self.floor, DELTA_MAX))
+
+    def forward(self) -> Tensor:
+        """Delta without its gradient."""
+        return self.gain().detach()
+
+
+@final
+class CorrelationDelta(Delta):
+    """EWGS's formula fed by what the injected noise reveals of the curvature (`functional.probe_curvature`).
+
+    Args:
+        value: delta until the first estimate.
+        momentum: weight of the past in the running averages, per optimizer step.
+    """
+
+    value: Tensor
+    averages: Tensor
+
+    def __init__(self, value: float = 0.0, momentum: float = 0.99) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("value", torch.tensor(value))
+        # sum g*eta, sum eta^2, sum g, sum g^2, count: each averaged with the same weights.
+        self.register_buffer("averages", torch.zeros(5))
+        self.probe = nn.Parameter(torch.zeros(5))
+
+    def forward(self) -> Tensor:
+        """The current estimate's delta."""
+        return self.value
+
+    def absorb(self) -> None:
+        """Take the statistics of the last backward pass, which lie in `probe.grad`."""
+        if self.probe.grad is None:
+            return
+        sums = self.probe.grad.detach()
+        self.probe.grad = None
+        # Tensors only: reading a number here would synchronise a GPU once per quantizer and step.
+        usable = torch.isfinite(sums).all() & (sums[1] > 0)
+        averages = self.momentum * self.averages + (1 - self.momentum) * sums
+        self.averages.copy_(torch.where(usable, averages, self.averages))
+        correlation, noise, mean, square, count = self.averages.unbind()
+        std = (square / count - (mean / count) ** 2).clamp_min(0).sqrt()
+        delta = (correlation / noise / (3 * std)).clamp(0, DELTA_MAX)
+        self.value.copy_(torch.where(torch.isfinite(delta), delta, self.value))
+
+
+@final
+class TemperedRounding(Rounding):
+    """Error-aware noise at a temperature, with element-wise gradient scaling.
+
+    Args:
+        noise: variant, or `none`.
+        temperature: schedule of T over training progress.
+        delta: rule for the gradient scaling.
+        hard_forward: noise in the gradient only.
+    """
+
+    temperature: Tensor
+
+    def __init__(self, noise: NoiseName, temperature: Schedule, delta: Delta, *, hard_forward: bool = False) -> None:
+        super().__init__()
+        self.variant = noise
+        self.schedule = temperature
+        self.delta = delta
+        self.hard_forward = hard_forward
+        self.wants_curvature = delta.wants_curvature
+        # A gradient scale that is 0 for good needs no arithmetic; the result is the same to the bit.
+        self.scales_gradient = not (isinstance(delta, FixedDelta) and float(delta.value) == 0.0)
+        self.noise = NoiseSource() if noise != "none" else None
+        self.register_buffer("temperature", torch.tensor(temperature(0.0) if noise != "none" else 0.0))
+
+    def forward(self, v: Tensor) -> Tensor:
+        """Surrogate of `round(v)`."""
+        q = torch.round(v)
+        value = q
+        multiplier = None
+        if self.noise is not None:
+            u = self.noise(v).to(v.dtype)
+            if self.variant == "on_grid":
+                value = q + _jump(v - q, u, self.temperature)
+            else:
+                multiplier = self.temperature.to(v.dtype) * ZETA[self.variant](u)
+                if isinstance(self.delta, GradientDelta):
+                    multiplier = multiplier * self.delta.gain()
+                value = q + multiplier * (v - q)
+        if self.scales_gradient:
+            out = F.elementwise_gradient_scaling(v, value, self.delta().to(v.dtype))
+        else:
+            out = F.replace_value(v, value)
+        if multiplier is None:
+            return out
+        noise = multiplier * (v - q).detach()
+        if isinstance(self.delta, GradientDelta):
+            return out + (noise - noise.detach())
+        if isinstance(self.delta, CorrelationDelta):
+            return F.probe_curvature(out, noise.detach(), self.delta.probe)
+        return out
+
+    def set_progress(self, progress: float) -> None:
+        """Set the temperature, draw fresh noise, take the last step's curvature statistics."""
+        if isinstance(self.delta, CorrelationDelta):
+            self.delta.absorb()
+        if self.noise is not None:
+            self.temperature.fill_(self.schedule(progress))
+            self.noise.set_progress(progress)
+
+    def probes(self) -> list[nn.Parameter]:
+        """The curvature probe, where there is one."""
+        return [self.delta.probe] if isinstance(self.delta, CorrelationDelta) else []
+
+    def set_curvature(self, mean_diagonal: float, gradient_std: float) -> None:
+        """Pass the estimate to the rule."""
+        self.delta.set_curvature(mean_diagonal, gradient_std)
+
+
+def _jump(e: Tensor, u: Tensor, temperature: Tensor) -> Tensor:
+    """To the neighbouring code on v's side with probability T * |e|."""
+    return torch.where(u < temperature.to(e.dtype) * e.abs(), torch.sign(e), 0.0)
+
+
+@final
+@dataclass(frozen=True)
+class NoiseTempering(Method):
+    """Noise tempering; every part can be switched off, so that an ablation is one recipe with one field changed.
+
+    Attributes:
+        noise: `uniform`, `rademacher`, `gaussian`, `toward_input`, `on_grid`, or `none`.
+        noise_on: `both`, `weights` or `activations`.
+        noise_in: `forward` (and so in the gradient), or `gradient`: the forward pass stays the hard quantizer.
+        temperature: schedule of T over training progress.
+        delta_rule: `fixed`, `hessian`, `gradient` or `correlation`.
+        delta_weight: delta of the weights in 1 / bins: the constant of `fixed`, the first value of the others.
+        delta_activation: likewise for the activations.
+        scale_on: the tensors whose gradient is scaled at all: `both`, `weights`, `activations` or `none`.
+    """
+
+    name: ClassVar[str] = "tempering"
+    noise: NoiseName = "uniform"
+    noise_on: Literal["both", "weights", "activations"] = "both"
+    noise_in: Literal["forward", "gradient"] = "forward"
+    temperature: Schedule = Exponential(start=1.0, end=math.exp(-5.0), cutoff=1e-2)
+    delta_rule: RuleName = "correlation"
+    delta_weight: float = 0.0
+    delta_activation: float = 0.0
+    scale_on: Literal["both", "weights", "activations", "none"] = "weights"
+
+    def __post_init__(self) -> None:
+        if self.scale_on != "none":
+            if self.delta_rule == "correlation" and self.noise not in ZERO_MEAN:
+                raise ValueError(
+                    f"delta_rule='correlation' reads the curvature off zero-mean noise; noise={self.noise!r} has "
+                    f"none. Use noise in {ZERO_MEAN}, or delta_rule='hessian' or 'fixed', or scale_on='none'."
+                )
+            if self.delta_rule == "gradient" and self.noise in ("none", "on_grid"):
+                raise ValueError(
+                    f"delta_rule='gradient' trains delta through the noise it scales; noise={self.noise!r} has "
+                    "nothing to scale. Use another noise, or delta_rule='hessian' or 'fixed', or scale_on='none'."
+                )
+        for field in ("delta_weight", "delta_activation"):
+            if not 0 <= getattr(self, field) < 2:
+                raise ValueError(f"{field} must be in [0, 2) in units of 1 / bins, got {getattr(self, field)}.")
+        if self.noise == "none" and (self.noise_in == "gradient" or self.noise_on != "both"):
+            warnings.warn("noise='none': noise_on and noise_in have no effect.", stacklevel=3)
+
+    def grid(self, kind: TensorKind, spec: QuantSpec, num_channels: int) -> Grid:
+        """The learned step."""
+        return LearnedStep(spec, num_channels, batched=kind == "activation")
+
+    def rounding(self, kind: TensorKind, spec: QuantSpec) -> Rounding:  # noqa: ARG002
+        """Tempered noise and gradient scaling for this kind of tensor."""
+        which = "weights" if kind == "weight" else "activations"
+        noise: NoiseName = self.noise if self.noise_on in ("both", which) else "none"
+        return TemperedRounding(
+            noise,
+            self.temperature,
+            self._delta(kind, noise, scaled=self.scale_on in ("both", which)),
+            hard_forward=self.noise_in == "gradient",
+        )
+
+    def _delta(self, kind: TensorKind, noise: NoiseName, *, scaled: bool) -> Delta:
+        value = self.delta_weight if kind == "weight" else self.delta_activation
+        if not scaled:
+            return FixedDelta(0.0)
+        if self.delta_rule == "hessian":
+            return HessianDelta(value)
+        if self.delta_rule == "fixed" or noise == "none":  # the other two learn from this tensor's noise
+            return FixedDelta(value)
+        return GradientDelta(value) if self.delta_rule == "gradient" else CorrelationDelta(value)

@@ -1,0 +1,378 @@
+"""The one idea: a quantizer is a `Grid` (where are the levels?) times a `Rounding` (what replaces `round()`
+while training?). A `Method` names both for weights and for activations; the final class `Quantizer` joins them,
+and its forward is the only fake quantization in the package:
+
+    x --Grid.encode--> v --Rounding (train) | round (eval)--> v' --Grid.decode--> x_hat
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from qtemper import functional as F
+from qtemper.errors import NotCalibratedError
+from qtemper.functional import CodeRange, Levels
+
+TensorKind = Literal["weight", "activation"]
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """What one quantizer must represent.
+
+    Attributes:
+        bits: 1 to 8.
+        levels: `unsigned`, `signed` or `symmetric` (see `functional.code_range`); `auto` is settled at
+            calibration by the data: unsigned if nothing is negative, otherwise signed, and symmetric at 1 bit,
+            where two's complement has no positive level.
+        channel_axis: dimension with one scale per index, or None for one scale per tensor.
+    """
+
+    bits: int
+    levels: Levels | Literal["auto"] = "auto"
+    channel_axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int):
+            raise ValueError(f"bits must be an integer from 1 to 8, got {self.bits!r}.")
+        F.code_range(self.bits, "signed" if self.levels == "auto" else self.levels)
+
+    def resolve(self, has_negative: bool) -> Levels:
+        """The kind of grid, once it is known whether the tensor has negative values."""
+        if self.levels != "auto":
+            return self.levels
+        if not has_negative:
+            return "unsigned"
+        return "symmetric" if self.bits == 1 else "signed"
+
+
+class Grid(nn.Module, ABC):
+    """Where are the levels? Holds what is learned about them, encodes real values and decodes positions.
+
+    Subclasses are final. They hold their parameters, in final shape, from construction on.
+
+    Args:
+        spec: bits, kind of levels, channel axis.
+        num_channels: size of the channel axis; ignored if the scale is per tensor.
+    """
+
+    code_range: Tensor
+
+    def __init__(self, spec: QuantSpec, num_channels: int = 1) -> None:
+        super().__init__()
+        self.spec = spec
+        self.shape: tuple[int, ...] = () if spec.channel_axis is None else (num_channels,)
+        # The range is state (an `auto` grid learns it from data), so it lives in a buffer; the graph wants
+        # Python numbers, so they are mirrored. NaN: not calibrated yet.
+        self.register_buffer("code_range", torch.full((3,), math.nan))
+        self._codes: CodeRange | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the grid knows its levels."""
+        return self._codes is not None
+
+    @property
+    def codes(self) -> CodeRange:
+        """Smallest and largest code, and the code of zero.
+
+        Raises:
+            NotCalibratedError: before `calibrate`.
+        """
+        if self._codes is None:
+            raise NotCalibratedError("not calibrated")
+        return self._codes
+
+    @property
+    def levels(self) -> Levels | Literal["auto"]:
+        """The kind of grid; `auto` until calibration has settled it."""
+        if self._codes is None:
+            return self.spec.levels
+        if self._codes.zero_point:
+            return "symmetric"
+        return "signed" if self._codes.qmin else "unsigned"
+
+    def initialize(self, levels: Levels, scale: Tensor) -> None:
+        """Set the levels from calibration.
+
+        Args:
+            levels: kind of grid.
+            scale: bin size, shape () or (num_channels,).
+        """
+        self._codes = F.code_range(self.spec.bits, levels)
+        with torch.no_grad():
+            self.code_range.copy_(torch.tensor(self._codes))
+            self.set_scale(scale)
+
+    def reset(self) -> None:
+        """Forget the calibration."""
+        self._codes = None
+        self.code_range.fill_(math.nan)
+
+    @abstractmethod
+    def set_scale(self, scale: Tensor) -> None:
+        """Take the calibrated bin size, shape () or (num_channels,)."""
+
+    @abstractmethod
+    def scale(self, x: Tensor) -> Tensor:
+        """Bin size for `x`, positive, broadcastable to it, in its dtype."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor:
+        """Position of `x` on the grid, in bins, clamped to the range and not rounded."""
+
+    @abstractmethod
+    def decode(self, value: Tensor, v: Tensor) -> Tensor:
+        """Real values of positions, with the gradient that trains the grid.
+
+        Args:
+            value: the position after rounding, in bins.
+            v: what `encode` returned.
+        """
+
+    def set_progress(self, progress: float) -> None:  # noqa: B027 (most grids do not change with progress)
+        """Called once per optimizer step with progress in [0, 1]."""
+
+    def per_channel(self, x: Tensor, scale: Tensor) -> Tensor:
+        """View `scale` so that it broadcasts along the channel axis of `x`, in the dtype of `x`."""
+        if self.spec.channel_axis is not None:
+            shape = [1] * x.dim()
+            shape[self.spec.channel_axis] = -1
+            scale = scale.view(shape)
+        return scale.to(x.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        qmin, qmax, zero_point = self.code_range.tolist()
+        self._codes = None if math.isnan(qmin) else CodeRange(int(qmin), int(qmax), zero_point)
+
+
+class Rounding(nn.Module, ABC):
+    """What replaces `round()` while training: positions in, surrogate positions with their gradient out.
+
+    What changes during training (a temperature, a hardness) is a buffer that `set_progress` fills, so that
+    torch.compile does not specialise on it and a checkpoint holds it. Subclasses are final.
+    """
+
+    hard_forward: bool = False
+    """Whether the forward value is the hard quantizer's and the surrogate shapes the gradient only."""
+
+    wants_curvature: bool = False
+    """Whether `curvature.update_curvature` should measure this tensor's Hessian diagonal now and then."""
+
+    @abstractmethod
+    def forward(self, v: Tensor) -> Tensor:
+        """Surrogate of `round(v)`; `v` in bins, any shape, float32 or float64."""
+
+    def set_progress(self, progress: float) -> None:  # noqa: B027 (most roundings do not change with progress)
+        """Called once per optimizer step with progress in [0, 1]."""
+
+    def probes(self) -> list[nn.Parameter]:
+        """Parameters that collect a statistic as their gradient and that no optimizer may touch."""
+        return []
+
+    def set_curvature(self, mean_diagonal: float, gradient_std: float) -> None:  # noqa: B027 (few ask for it)
+        """Take the mean diagonal of the Hessian and the gradient's standard deviation, both per bin."""
+
+
+class NoiseSource(nn.Module):
+    """Uniform noise in (0, 1) that is a function of (seed, progress, quantizer, element) and nothing else.
+
+    Reproducible, resumable, equal under recomputation (activation checkpointing), and there is no generator
+    state to lose. A module that runs twice in one step draws the same noise twice.
+    """
+
+    stream: Tensor
+    key: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("stream", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("key", torch.zeros(2, dtype=torch.int32))
+        self._stream = 0
+        self.seed(0, "")
+
+    def seed(self, seed: int, name: str) -> None:
+        """Give this source its own stream: hash of the seed and the quantizer's name in the model."""
+        low, high = F.derive_key(seed, *name.encode())
+        self._stream = (high << 32) | (low & 0xFFFFFFFF)
+        self.stream.fill_(self._stream)
+        self.set_progress(0.0)
+
+    def set_progress(self, progress: float) -> None:
+        """Derive the key of a step; progress tells steps apart down to 2**-40."""
+        low, high = F.derive_key(self._stream, round(progress * 2**40))
+        # Two fills, not one copy: a copy from a host tensor would synchronise a GPU at every step.
+        self.key[0].fill_(low)
+        self.key[1].fill_(high)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """Noise in (0, 1), float32, shape and device of `v`."""
+        return F.counter_uniform(F.element_index(v), self.key)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._stream = int(self.stream)
+
+
+class Method(ABC):
+    """A quantization method: a frozen dataclass of hyperparameters that builds grids and roundings.
+
+    A subclass lives in its own file in `qtemper/methods/`, which is the registry; its `name` is the file's.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def grid(self, kind: TensorKind, spec: QuantSpec, num_channels: int) -> Grid:
+        """The grid for a weight or an activation."""
+
+    @abstractmethod
+    def rounding(self, kind: TensorKind, spec: QuantSpec) -> Rounding:
+        """The training surrogate for a weight or an activation."""
+
+    def default_levels(self, kind: TensorKind) -> Levels | Literal["auto"]:  # noqa: ARG002 (for overriding)
+        """The kind of grid where the policy does not say."""
+        return "auto"
+
+
+@final
+class Quantizer(nn.Module):
+    """Fake quantization of one tensor: the product of a grid and a rounding.
+
+    In training mode the rounding's surrogate, in eval mode the hard quantizer, whatever the temperature:
+    `(codes - zero_point) * scale`, with a straight-through gradient. Half-precision inputs are quantized in
+    float32 and returned in their own dtype: a bfloat16 mantissa cannot hold an 8-bit position and its fraction.
+
+    Args:
+        spec: bits, levels, channel axis.
+        grid: where the levels are.
+        rounding: what replaces `round()` in training.
+    """
+
+    def __init__(self, spec: QuantSpec, grid: Grid, rounding: Rounding) -> None:
+        super().__init__()
+        self.spec = spec
+        self.grid = grid
+        self.rounding = rounding
+        self.name = "quantizer"
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize `x`; shape and dtype are kept.
+
+        Raises:
+            NotCalibratedError: before `calibrate`.
+        """
+        if not self.enabled:
+            return x
+        self._require_calibrated()
+        real = x.to(torch.promote_types(x.dtype, torch.float32))
+        v = self.grid.encode(real)
+        value = self.rounding(v) if self.training else F.round_ste(v)
+        x_hat = self.grid.decode(value, v)
+        if self.training and self.rounding.hard_forward:
+            x_hat = F.replace_value(x_hat, self.grid.decode(torch.round(v), v).detach())
+        return x_hat.to(x.dtype)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Integer codes of `x`, int16, in [qmin, qmax]: what a device stores.
+
+        Raises:
+            NotCalibratedError: before `calibrate`.
+        """
+        self._require_calibrated()
+        with torch.no_grad():
+            real = x.to(torch.promote_types(x.dtype, torch.float32))
+            return torch.round(self.grid.encode(real)).to(torch.int16)
+
+    def set_progress(self, progress: float) -> None:
+        """Pass training progress in [0, 1] to the grid and the rounding."""
+        self.grid.set_progress(progress)
+        self.rounding.set_progress(progress)
+
+    def extra_repr(self) -> str:
+        """One line for `print(model)`."""
+        state = "" if self.grid.calibrated else ", not calibrated"
+        return f"{self.spec.bits} bits, levels={self.spec.levels}{state}"
+
+    def _require_calibrated(self) -> None:
+        if not self.grid.calibrated:
+            raise NotCalibratedError(
+                f"{self.name} has no scale yet: run qtemper.calibrate(model, batches) after prepare, "
+                "or load a checkpoint of the prepared model."
+            )
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """All quantizers of a model with their names, each once, in module order."""
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            yield name, module
+
+
+def set_progress(model: nn.Module, progress: float) -> None:
+    """Tell every quantizer how far training is: call once per optimizer step, before the forward pass.
+
+    Args:
+        model: a prepared model.
+        progress: `step / num_steps`, in [0, 1].
+
+    Raises:
+        ValueError: if progress is outside [0, 1], or the model has no quantizers.
+    """
+    if not 0.0 <= progress <= 1.0:
+        raise ValueError(f"progress must be in [0, 1], got {progress}; pass step / num_steps.")
+    found = False
+    for _, quantizer in quantizers(model):
+        quantizer.set_progress(progress)
+        found = True
+    if not found:
+        raise ValueError("the model has no quantizers; call qtemper.prepare(model, method, policy) first.")
+
+
+class Tempering:
+    """`set_progress` in the shape of a learning-rate scheduler: one `step()` per optimizer step.
+
+    Args:
+        model: a prepared model.
+        total_steps: number of optimizer steps of the whole training.
+    """
+
+    def __init__(self, model: nn.Module, total_steps: int) -> None:
+        if total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {total_steps}.")
+        self.model = model
+        self.total_steps = total_steps
+        self.last_step = 0
+        set_progress(model, 0.0)
+
+    def step(self) -> None:
+        """Advance by one optimizer step."""
+        self.last_step += 1
+        set_progress(self.model, min(1.0, self.last_step / self.total_steps))
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint needs."""
+        return {"last_step": self.last_step, "total_steps": self.total_steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            ValueError: if the checkpoint is of a training of another length.
+        """
+        if state["total_steps"] != self.total_steps:
+            raise ValueError(
+                f"the checkpoint counts {state['total_steps']} steps, this training {self.total_steps}: "
+                "build Tempering with the same total_steps to continue."
+            )
+        self.last_step = state["last_step"]
+        set_progress(self.model, min(1.0, self.last_step / self.total_steps))
