@@ -2,10 +2,10 @@
 
 Two folder layouts are read:
 
-| layout | files | check |
-|---|---|---|
-| official "python version" | `data_batch_1` .. `test_batch`, or `train` and `test` | every file's md5, then a restricted unpickler |
-| webp | `train-000.webp` .. (500 images stacked vertically, lossless), `train_labels.npy` .., `meta.json` | sizes, counts, ranges |
+- official, the author's "python version": `data_batch_1` .. `test_batch`, or `train` and `test`. The md5 of every
+  file is checked, and a restricted unpickler reads it, since a pickle can otherwise run any code.
+- webp, half the size: `train-000.webp` .. `test-019.webp` (lossless, 500 images stacked vertically),
+  `train_labels.npy`, `test_labels.npy`, `meta.json`. Counts, sizes and ranges are checked.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import hashlib
 import io
 import json
 import pickle
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -118,13 +117,13 @@ def load_cifar_hub(name: str) -> ImageData:
         parts = datasets.load_dataset(archive.hub_id)
     except Exception as error:  # the hub's client has raised types of three HTTP libraries over its versions
         raise DataError(
-            f"{archive.hub_id} could not be loaded from the Hugging Face hub ({type(error).__name__}): go online once "
-            f"to fill its cache, or {_remedy(name)} and choose source='folder'."
+            f"{archive.hub_id} could not be loaded from the Hugging Face hub ({type(error).__name__}): "
+            f"go online once to fill its cache, or {_remedy(name)} and set source='folder'."
         ) from error
 
     def split(part: Any) -> Split:
         images = np.stack([np.asarray(image.convert("RGB")) for image in part["img"]])
-        return _split(images.transpose(0, 3, 1, 2), np.asarray(part[archive.hub_labels]))
+        return _split(images.transpose(0, 3, 1, 2), np.array(list(part[archive.hub_labels])))
 
     classes = tuple(parts["train"].features[archive.hub_labels].names)
     return ImageData(name, split(parts["train"]), split(parts["test"]), classes)
@@ -152,7 +151,7 @@ def _split(images: Array, labels: Array) -> Split:
     return Split(pixels, torch.from_numpy(labels.astype(np.int64)))
 
 
-# --- the official layout -------------------------------------------------------------------------------------
+# --- the official layout ------------------------------------------------------------------------------------
 
 
 def _load_official(folder: Path, name: str) -> ImageData:
@@ -183,13 +182,13 @@ def _uint8_dtype(code: bytes, *_: object) -> np.dtype[np.uint8]:
     # A fresh copy, because the pickle then sets its state.
     if code != b"u1":
         raise pickle.UnpicklingError(f"array of {code!r}, not of bytes")
-    return np.dtype(np.uint8, copy=True)  # type: ignore[call-overload,no-any-return]
+    return np.dtype(np.uint8, copy=True)
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds containers, numbers, strings and uint8 arrays; nothing else can be named, so nothing can be called."""
+    """Builds containers, numbers, strings and uint8 arrays; a pickle can call only what is named here."""
 
-    _allowed: dict[tuple[str, str], Callable[..., Any]] = {  # noqa: RUF012
+    allowed: ClassVar[dict[tuple[str, str], Any]] = {
         # From a public object, because its module was renamed in numpy 2.
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
         ("numpy", "ndarray"): np.ndarray,
@@ -197,38 +196,37 @@ class _Unpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._allowed:
+        if (module, name) not in self.allowed:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no image file needs")
-        return self._allowed[module, name]
+        return self.allowed[module, name]
 
 
-# --- the webp layout -----------------------------------------------------------------------------------------
+# --- the webp layout ----------------------------------------------------------------------------------------
 
 
 def _load_webp(folder: Path, name: str) -> ImageData:
-    num_classes = _ARCHIVES[name].num_classes
-    path = folder / "meta.json"
-    try:
-        classes = tuple(json.loads(_read(path, name))["classes"])
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path} is damaged: {_remedy(name)}.") from error
-    if len(classes) != num_classes:
-        raise DataError(
-            f"{path} names {len(classes)} classes where {name} has {num_classes}: {_remedy(name)}."
-        )
+    classes = _webp_classes(folder / "meta.json", name)
     labels = {part: _webp_labels(folder / f"{part}_labels.npy", name, size) for part, size in _SIZES.items()}
     train, test = (_split(_webp_images(folder, part, name), labels[part]) for part in _SIZES)
     return ImageData(name, train, test, classes)
 
 
-def _webp_labels(path: Path, name: str, size: int) -> Array:
+def _webp_classes(path: Path, name: str) -> tuple[str, ...]:
+    data = _read(path, name)
     try:
-        labels: Array = np.load(io.BytesIO(_read(path, name)), allow_pickle=False)
+        classes = tuple(json.loads(data)["classes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged: {_remedy(name)}.") from error
+    if len(classes) != _ARCHIVES[name].num_classes:
+        raise DataError(f"{path} names {len(classes)} classes, which is not {name}: {_remedy(name)}.")
+    return classes
+
+
+def _webp_labels(path: Path, name: str, size: int) -> Array:
+    data = _read(path, name)
+    try:
+        labels: Array = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{path} is damaged: {_remedy(name)}.") from error
     if labels.shape != (size,) or labels.dtype != np.uint8 or labels.max() >= _ARCHIVES[name].num_classes:
         raise DataError(f"{path} does not hold {size} labels of {name}: {_remedy(name)}.")

@@ -1,7 +1,7 @@
 """Image sets in memory, and their batches: shuffled, cropped, flipped, normalised.
 
-Images stay uint8 (N, C, H, W) on one device until `normalize`. Every batch is a pure function of seed, epoch and
-step, with no generator state in between, so that a run can stop anywhere and go on with the same pixels.
+Images stay uint8 (N, C, H, W) on one device until `normalize`. Every batch is a pure function of seed, epoch
+and step, with no generator state in between, so that a run can stop anywhere and go on with the same pixels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 """Mean and standard deviation per channel, of pixels in [0, 1]; `half` fits any number of channels.
 
-`cifar10` is what EWGS and chenyaofo's checkpoints use; its std is the mean of the images' own, below that of all pixels.
+`cifar10` is what EWGS and chenyaofo's checkpoints use; its std is the mean of the images' own stds, less than that
+of all pixels.
 """
 
 # First word of the keys: keeps these streams apart from one another and from the quantizers' noise.
@@ -174,7 +175,7 @@ def train_batches(
     _check_batch_size(batch_size)
     if batch_size > len(split):
         raise ValueError(
-            f"batch_size {batch_size} is more than the {len(split)} images, so no batch is full; lower batch_size."
+            f"batch_size {batch_size} is more than the {len(split)} images: no batch is full; lower it."
         )
     num_steps = len(split) // batch_size
     if not 0 <= first_step <= num_steps:

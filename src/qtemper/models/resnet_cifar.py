@@ -1,14 +1,14 @@
 """ResNet for CIFAR, depth 6n + 2.
 
-He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2, arXiv 1512.03385:
-a 3x3 convolution, three stages of n blocks with 16, 32 and 64 channels, a global average, a linear classifier.
+He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
+A 3x3 convolution, three stages of n blocks with 16, 32 and 64 channels, a global average, a linear layer.
 
 State-dict keys are those of two public families of checkpoints, so that both load with `strict=True`:
 
-| shortcut | where a stage begins | parameters | classifier | family |
+| shortcut | where a stage begins | its parameters | classifier | family |
 |---|---|---|---|---|
-| `pad` (option A, the paper's) | every second pixel, zero channels added | none | `linear` | akamaster/pytorch_resnet_cifar10 |
-| `conv` (option B) | 1x1 convolution, batch norm | `downsample.0`, `.1` | `fc` | chenyaofo/pytorch-cifar-models |
+| `pad`, option A, the paper's | every second pixel, zero channels | none | `linear` | akamaster's |
+| `conv`, option B | 1x1 convolution, batch norm | `downsample.0`, `.1` | `fc` | chenyaofo's |
 
 Initialisation of the convolutions: normal of variance 2 / fan-in (He et al., ICCV 2015).
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import Literal, final
 
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Shortcut = Literal["pad", "conv"]

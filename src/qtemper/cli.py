@@ -1,0 +1,147 @@
+"""The `qtemper` command: train, evaluate, recipes, demo."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from qtemper.errors import ConfigError
+
+try:
+    import tyro
+    from tyro.conf import Positional, UseAppendAction, arg
+except ModuleNotFoundError as missing:  # the command needs an extra; the library does not
+    sys.exit(f"the qtemper command needs {missing.name}: pip install 'qtemper[train]'")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a recipe.
+
+    Attributes:
+        recipe: name of the recipe; `qtemper recipes` lists them.
+        data: directory of the data set.
+        init: float checkpoint to start from (.safetensors).
+        out: run directory; a dated one under runs/ if not given.
+        assignments: change a field of the recipe, path=value; may be given several times.
+        resume: continue the run in --out from its newest sound checkpoint.
+    """
+
+    recipe: Positional[str]
+    data: Path | None = None
+    init: Path | None = None
+    out: Path | None = None
+    assignments: Annotated[UseAppendAction[list[str]], arg(name="set", metavar="PATH=VALUE")] = None  # type: ignore[assignment]
+    resume: bool = False
+
+    def run(self) -> None:
+        """Do it."""
+        from qtemper import pipeline
+        from qtemper.config import override, to_json
+        from qtemper.recipes import get_recipe
+        from qtemper.run import RunDir
+
+        experiment = override(get_recipe(self.recipe), self.assignments or [])
+        if self.resume:
+            if self.out is None:
+                raise ConfigError("--resume needs the run directory: --out RUN.")
+            run = RunDir.open(self.out)
+            if to_json(run.experiment()) != to_json(experiment):
+                raise ConfigError(
+                    f"{self.out} was started with other settings; resume with the recipe and --set it was started "
+                    "with (its config.json shows them), or start a new run."
+                )
+        else:
+            run = RunDir(self.out) if self.out is not None else RunDir.dated(experiment.name)
+        print(f"run directory: {run.path}")
+        result = pipeline.train(experiment, run, data=self.data, init=self.init, resume=self.resume)
+        print_result(result)
+        print(f"results are in {run.path}")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Test accuracy of a trained run.
+
+    Attributes:
+        run_directory: the run directory.
+        data: directory of the data set; the training's own if not given.
+        as_json: print one JSON object.
+    """
+
+    run_directory: Annotated[Positional[Path], arg(name="run")]
+    data: Path | None = None
+    as_json: Annotated[bool, arg(name="json")] = False
+
+    def run(self) -> None:
+        """Do it."""
+        from qtemper import pipeline
+        from qtemper.run import RunDir
+
+        result = pipeline.evaluate_run(RunDir.open(self.run_directory), self.data)
+        if self.as_json:
+            print(json.dumps(result))
+        else:
+            print_result(result)
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """List the recipes, or show one: every line is a path that --set takes.
+
+    Attributes:
+        name: recipe to show.
+    """
+
+    name: Positional[str] = ""
+
+    def run(self) -> None:
+        """Do it."""
+        from qtemper import recipes
+        from qtemper.config import flatten, to_dict
+
+        if not self.name:
+            print("\n".join(recipes.available()))
+            return
+        for path, value in flatten(to_dict(recipes.get_recipe(self.name))).items():
+            print(f"{path} = {json.dumps(value)}")
+
+
+def print_result(result: dict[str, object]) -> None:
+    """The accuracies side by side."""
+    columns = [("float_top1", "float"), ("calibrated_top1", "after calibration"), ("top1", "after training")]
+    shown = [(label, f"{result[key]:.2f}%") for key, label in columns if key in result]
+    widths = [max(len(a), len(b)) for a, b in shown]
+    print("top-1   " + "   ".join(label.rjust(w) for (label, _), w in zip(shown, widths, strict=True)))
+    print("        " + "   ".join(value.rjust(w) for (_, value), w in zip(shown, widths, strict=True)))
+
+
+def main() -> None:
+    """Entry point: parse, run, and turn every bad input into one line and exit code 2."""
+    from qtemper.train import TrainingInterrupted
+
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"train": Train, "evaluate": Evaluate, "recipes": Recipes},
+        prog="qtemper",
+        description=inspect.getdoc(sys.modules[__name__]),
+    )
+    try:
+        command.run()
+    except TrainingInterrupted as stop:
+        print(f"{stop} Continue with the same command and --out RUN --resume.", file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, RuntimeError, ModuleNotFoundError) as error:
+        if not isinstance(error, ValueError) and not type(error).__module__.startswith("qtemper") and not isinstance(error, ModuleNotFoundError):
+            raise
+        print(f"qtemper: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""An experiment as frozen data: JSON round trip, `path=value` overrides, errors that name the nearest field."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union
+
+from qtemper import methods, schedules
+from qtemper.calibrate import Observer
+from qtemper.data import DataConfig
+from qtemper.errors import ConfigError, nearest
+from qtemper.models import ModelConfig
+from qtemper.prepare import BitPolicy
+from qtemper.quantizer import Method
+from qtemper.schedules import Schedule
+from qtemper.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """How scales are found before training.
+
+    Attributes:
+        observer: `mse`, `percentile`, `max` or `lsq`; see `qtemper.calibrate`.
+        batches: number of training batches to look at.
+        batch_size: images in each.
+        batch_norm: re-estimate batch-norm statistics in the quantized network afterwards.
+    """
+
+    observer: Observer = "mse"
+    batches: int = 4
+    batch_size: int = 256
+    batch_norm: bool = True
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A whole run: what a recipe returns and what `config.json` holds.
+
+    Attributes:
+        name: the recipe's name.
+        data: data set, normalisation, augmentation.
+        model: architecture.
+        method: quantization method; None trains the float network.
+        policy: bits by layer.
+        calibration: how scales are found.
+        train: how the network is trained.
+        float_train: how to train the float network first when no --init is given; None makes --init required.
+        seed: of everything random.
+    """
+
+    name: str
+    data: DataConfig
+    model: ModelConfig
+    method: Method | None = None
+    policy: BitPolicy = BitPolicy()
+    calibration: CalibrationConfig = CalibrationConfig()
+    train: TrainConfig = field(default_factory=TrainConfig)
+    float_train: TrainConfig | None = None
+    seed: int = 0
+
+
+_SCHEDULES: dict[str, type[Any]] = {
+    cls.__name__.lower(): cls
+    for cls in vars(schedules).values()
+    if dataclasses.is_dataclass(cls) and isinstance(cls, type)
+}
+
+
+def to_dict(value: Any) -> Any:
+    """Plain JSON data of a configuration; methods and schedules carry their `name`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, Method):
+            return {"name": value.name, **fields}
+        if type(value) in _SCHEDULES.values():
+            return {"name": type(value).__name__.lower(), **fields}
+        return fields
+    if isinstance(value, tuple | list):
+        return [to_dict(item) for item in value]
+    return value
+
+
+def from_dict(data: Any, *, source: str = "configuration") -> Experiment:
+    """An experiment from plain data.
+
+    Raises:
+        ConfigError: an unknown or missing field, or a value of the wrong kind; the message gives its path.
+    """
+    try:
+        experiment = _decode(Experiment, data, "")
+    except RecursionError:
+        raise ConfigError(f"{source} is nested too deeply.") from None
+    assert isinstance(experiment, Experiment)
+    return experiment
+
+
+def from_json(text: str, *, source: str = "configuration") -> Experiment:
+    """An experiment from JSON text.
+
+    Raises:
+        ConfigError: no JSON, or as `from_dict`.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{source} is no sound JSON ({error}).") from None
+    return from_dict(data, source=source)
+
+
+def to_json(experiment: Experiment) -> str:
+    """JSON text of an experiment, indented."""
+    return json.dumps(to_dict(experiment), indent=2) + "\n"
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf of a configuration's plain data by its dotted path: exactly what `--set` reaches."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    leaves: dict[str, Any] = {}
+    for key, item in value.items():
+        leaves |= flatten(item, f"{prefix}.{key}" if prefix else key)
+    return leaves
+
+
+def override(experiment: Experiment, assignments: list[str]) -> Experiment:
+    """Apply `path=value` assignments, in order.
+
+    Values are JSON where that parses, otherwise text. Assigning a method or schedule by name
+    (`method=lsq`, `train.optim.schedule=constant`) replaces it whole, with that one's defaults.
+
+    Raises:
+        ConfigError: not of that form, an unknown path (with the nearest one), or a value of the wrong kind.
+    """
+    data = to_dict(experiment)
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"cannot read {assignment!r}; write --set field.path=value.")
+        _assign(data, path.strip(), _parse(text.strip()))
+    return from_dict(data)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"None": None, "True": True, "False": False}.get(text, text)
+
+
+def _assign(data: dict[str, Any], path: str, value: Any) -> None:
+    *parents, leaf = path.split(".")
+    node: Any = data
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or leaf not in node:
+        known = set(flatten(data))
+        known |= {".".join(k.split(".")[:i]) for k in known for i in range(1, k.count(".") + 1)}
+        raise ConfigError(f"unknown field {path!r}; {nearest(path, known)}")
+    if leaf == "name" and parents:
+        # Another method or schedule: the old one's settings mean nothing to it.
+        node.clear()
+    node[leaf] = value
+
+
+def _decode(kind: Any, data: Any, path: str) -> Any:
+    """`data` as a value of type `kind`; `path` is for messages."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _decode_union(arguments, data, path)
+    if origin is Literal:
+        if data not in arguments or isinstance(data, bool) != isinstance(arguments[0], bool):
+            raise ConfigError(f"{path} must be one of {', '.join(map(str, arguments))}, got {data!r}.")
+        return data
+    if origin is tuple:
+        if not isinstance(data, list | tuple):
+            raise ConfigError(f"{path} must be a list, got {data!r}.")
+        return tuple(_decode(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(data))
+    if kind is Method:
+        return _decode_named(data, path, "method", methods.available(), methods.method_class)
+    if kind is Schedule:
+        return _decode_named(data, path, "schedule", _SCHEDULES, _SCHEDULES.__getitem__)
+    if dataclasses.is_dataclass(kind):
+        return _decode_fields(kind, data, path)
+    return _decode_scalar(kind, data, path)
+
+
+def _decode_scalar(kind: Any, data: Any, path: str) -> Any:
+    accepted = {float: (int, float), int: (int,), bool: (bool,), str: (str,)}[kind]
+    if not isinstance(data, accepted) or (isinstance(data, bool) and kind is not bool):
+        raise ConfigError(f"{path} must be {kind.__name__}, got {data!r}.")
+    return kind(data)
+
+
+def _decode_union(arguments: tuple[Any, ...], data: Any, path: str) -> Any:
+    if data is None and type(None) in arguments:
+        return None
+    options = [a for a in arguments if a is not type(None)]
+    error: ConfigError | None = None
+    for option in options:
+        try:
+            return _decode(option, data, path)
+        except ConfigError as failure:
+            error = failure
+    assert error is not None
+    raise error
+
+
+def _decode_named(data: Any, path: str, what: str, known: typing.Iterable[str], find: Any) -> Any:
+    if isinstance(data, str):
+        data = {"name": data}
+    if not isinstance(data, dict) or not isinstance(data.get("name"), str):
+        raise ConfigError(f"{path} must be a {what}'s name or an object with one, got {data!r}.")
+    if data["name"] not in known:
+        raise ConfigError(f"{path}: unknown {what} {data['name']!r}; {nearest(data['name'], known)}")
+    return _decode_fields(find(data["name"]), {k: v for k, v in data.items() if k != "name"}, path)
+
+
+def _decode_fields(cls: Any, data: Any, path: str) -> Any:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path or 'the configuration'} must be an object with fields, got {data!r}.")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for key, item in data.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key not in fields:
+            raise ConfigError(f"unknown field {where!r}; {nearest(str(key), fields)}")
+        values[key] = _decode(hints[key], item, where)
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if name not in values and required:
+            raise ConfigError(f"{f'{path}.' if path else ''}{name} is missing.")
+    try:
+        return cls(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}" if path else str(error)) from None

@@ -1,0 +1,363 @@
+"""`fit`: train a network, float or prepared, on images that lie in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qtemper.curvature import update_curvature
+from qtemper.data import NORMALIZATIONS, DataConfig, ImageData, Split, test_batches, train_batches
+from qtemper.quantizer import quantizers, set_progress
+from qtemper.train.allocator import keep_memory
+from qtemper.train.optim import Loss, LossConfig, OptimConfig, build_loss, build_optimizers, set_learning_rate
+from qtemper.train.progress import Display
+from qtemper.train.state import TrainState, load_checkpoint, save_checkpoint
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a network is trained.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch_size: images per optimizer step; an epoch's incomplete last batch is dropped.
+        optim: optimizers and schedule.
+        loss: label smoothing and distillation.
+        precision: `float32`, or `bf16` for autocast. Evaluation is always float32.
+        channels_last: memory format of images and weights.
+        compile: compile the training step's forward and backward with torch.compile.
+        evaluate_every: test accuracy every so many epochs (and after the last); 0 for the end only.
+        checkpoint_every: a checkpoint every so many epochs (and after the last).
+        log_every: optimizer steps between two lines of metrics.jsonl.
+        curvature_every: epochs between Hessian estimates, for methods that ask for them; 0 for never.
+        curvature_batches: batches per estimate.
+        curvature_draws: Hutchinson draws per batch, at most.
+    """
+
+    epochs: int = 15
+    batch_size: int = 128
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    precision: Literal["float32", "bf16"] = "float32"
+    channels_last: bool = True
+    compile: bool = False
+    evaluate_every: int = 1
+    checkpoint_every: int = 1
+    log_every: int = 50
+    curvature_every: int = 10
+    curvature_batches: int = 3
+    curvature_draws: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "checkpoint_every", "log_every", "curvature_batches", "curvature_draws"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+class TrainingInterrupted(Exception):  # noqa: N818 (an event, not an error)
+    """Ctrl-C or SIGTERM: training stopped after a step, and a checkpoint was written."""
+
+    def __init__(self, signum: int, step: int, checkpoint: Path | None) -> None:
+        where = f"checkpoint written to {checkpoint}" if checkpoint else "no run directory, so nothing was saved"
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; {where}.")
+        self.signum = signum
+
+
+class DivergedError(RuntimeError):
+    """The loss is not finite; nothing of that step was kept."""
+
+
+def train_step(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    loss: Loss,
+    optimizers: list[torch.optim.Optimizer],
+    autocast: contextlib.AbstractContextManager[Any],
+    clip: Callable[[], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step; returns the loss and the number of correct predictions, both still on the device."""
+    with autocast:
+        logits = model(images)
+    logits = logits.float()
+    value = loss(logits, labels, images)
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    value.backward()  # type: ignore[no-untyped-call]
+    if clip is not None:
+        clip()
+    for optimizer in optimizers:
+        optimizer.step()
+    return value.detach(), (logits.detach().argmax(dim=1) == labels).sum()
+
+
+def fit(
+    model: nn.Module,
+    data: ImageData,
+    config: TrainConfig,
+    *,
+    data_config: DataConfig,
+    seed: int = 0,
+    out: Path | None = None,
+    resume: bool = False,
+    teacher: nn.Module | None = None,
+    title: str = "train",
+) -> list[dict[str, Any]]:
+    """Train a model in place.
+
+    Args:
+        model: a float model, or a prepared and calibrated one.
+        data: images in memory; they are moved to the model's device.
+        config: how to train.
+        data_config: normalisation and augmentation.
+        seed: of the order of images and their augmentation.
+        out: directory for `metrics.jsonl` and `checkpoints/`; None writes nothing.
+        resume: continue from the newest sound checkpoint in `out`.
+        teacher: float model for distillation.
+        title: leads the progress bar.
+
+    Returns:
+        Metrics by epoch.
+
+    Raises:
+        TrainingInterrupted: on Ctrl-C or SIGTERM, after a checkpoint.
+        DivergedError: the loss is not finite.
+        CheckpointError: nothing to resume from, or a checkpoint cannot be written.
+    """
+    keep_memory()
+    device = next(model.parameters()).device
+    data = data.to(device)
+    steps = len(data.train) // config.batch_size
+    total = steps * config.epochs
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if teacher is not None:
+        teacher.to(device).eval()
+    loss = build_loss(config.loss, teacher)
+    state = TrainState(model, build_optimizers(model, config.optim), config_hash=_config_hash(config, data_config, seed))
+    log = MetricsLog(out)
+    if resume and out is not None:
+        for line in load_checkpoint(out / "checkpoints", state):
+            print(line)
+        log.truncate(state.step)
+    else:
+        _advance(model, 0, total)
+    forward = torch.compile(model, fullgraph=True) if config.compile else model
+    batches = _Batches(data, config, data_config, seed)
+    with Display(config.epochs, steps, config.batch_size, state.step, title) as display, _stop_on_signal() as stopped:
+        for epoch in range(state.step // steps, config.epochs):
+            _train_epoch(epoch, state, forward, loss, batches, config, display, log, stopped, out)
+            _finish_epoch(epoch, state, loss, batches, config, display, log)
+            if out is not None and ((epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == config.epochs):
+                save_checkpoint(out / "checkpoints", state)
+    return state.history
+
+
+class _Batches:
+    """Normalised batches of an epoch, on the device."""
+
+    def __init__(self, data: ImageData, config: TrainConfig, data_config: DataConfig, seed: int) -> None:
+        self.data, self.seed = data, seed
+        self.batch_size, self.data_config = config.batch_size, data_config
+        self.mean, self.std = NORMALIZATIONS[data_config.normalization]
+        self.format = torch.channels_last if config.channels_last else torch.contiguous_format
+
+    def train(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in train_batches(
+            self.data.train,
+            self.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            first_step=first_step,
+            padding=self.data_config.padding,
+            flip=self.data_config.flip,
+            mean=self.mean,
+            std=self.std,
+        ):
+            yield images.contiguous(memory_format=self.format), labels
+
+
+def _train_epoch(
+    epoch: int,
+    state: TrainState,
+    forward: Callable[[Tensor], Tensor],
+    loss: Loss,
+    batches: _Batches,
+    config: TrainConfig,
+    display: Display,
+    log: MetricsLog,
+    stopped: list[int],
+    out: Path | None,
+) -> None:
+    state.model.train()
+    device = next(state.model.parameters()).device
+    steps = len(batches.data.train) // config.batch_size
+    clip = _clipping(state.model, config.optim.clip_norm)
+    running = _Running(config.batch_size)
+    for images, labels in batches.train(epoch, state.step % steps):
+        progress = state.step / (steps * config.epochs)
+        set_learning_rate(state.optimizers, config.optim.schedule(progress))
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+        running.add(*train_step(forward, images, labels, loss, state.optimizers, autocast, clip))
+        state.step += 1
+        _advance(state.model, state.step, steps * config.epochs)
+        if state.step % config.log_every == 0 or state.step % steps == 0:
+            value, top1 = running.take(state.step)
+            heat = temperature(state.model)
+            rate = state.optimizers[0].param_groups[0]["lr"]
+            log.write(step=state.step, loss=value, top1=top1, temperature=heat, lr=rate)
+            display.step(state.step, value, top1, heat)
+        if stopped:
+            path = save_checkpoint(out / "checkpoints", state) if out is not None else None
+            raise TrainingInterrupted(stopped[0], state.step, path)
+    state.history.append({"epoch": epoch + 1, "step": state.step, **running.epoch(state.step)})
+
+
+def _finish_epoch(
+    epoch: int, state: TrainState, loss: Loss, batches: _Batches, config: TrainConfig, display: Display, log: MetricsLog
+) -> None:
+    last = epoch + 1 == config.epochs
+    due = last or (config.evaluate_every > 0 and (epoch + 1) % config.evaluate_every == 0)
+    metrics = state.history[-1]
+    metrics["test_top1"] = None
+    if due:
+        metrics["test_top1"] = evaluate(state.model, batches.data.test, batches.data_config)
+    metrics["temperature"] = temperature(state.model)
+    metrics["images_per_second"] = round(display.images_per_second(state.step), 1)
+    log.write(**metrics)
+    display.epoch(metrics)
+    if config.curvature_every and (epoch + 1) % config.curvature_every == 0 and not last:
+        sample = [batch for batch, _ in zip(batches.train(epoch + 1), range(config.curvature_batches), strict=False)]
+        update_curvature(
+            state.model,
+            sample,
+            lambda model, batch: loss(model(batch[0]), batch[1], batch[0]),
+            max_draws=config.curvature_draws,
+            seed=batches.seed + epoch,
+        )
+
+
+def evaluate(model: nn.Module, split: Split, data_config: DataConfig, *, batch_size: int = 500) -> float:
+    """Top-1 accuracy in percent, in eval mode and float32; the model's mode is kept."""
+    mean, std = NORMALIZATIONS[data_config.normalization]
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    with torch.no_grad():
+        for images, labels in test_batches(split.to(device), batch_size, mean, std):
+            correct += (model(images).argmax(dim=1) == labels).sum()
+    model.train(was_training)
+    return 100.0 * int(correct) / len(split)
+
+
+def temperature(model: nn.Module) -> float | None:
+    """The highest temperature of the model's quantizers, or None where none has any."""
+    found = [float(t) for _, q in quantizers(model) if isinstance(t := getattr(q.rounding, "temperature", None), Tensor)]
+    return max(found) if found else None
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line. Without a directory it swallows everything."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self.path = None if directory is None else directory / "metrics.jsonl"
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, **values: Any) -> None:
+        """Append a line."""
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def truncate(self, step: int) -> None:
+        """Drop lines after `step`: a resumed run writes them again."""
+        if self.path is not None and self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
+class _Running:
+    """Loss and accuracy since the last report and over the epoch, summed on the device."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.recent: list[tuple[Tensor, Tensor]] = []
+        self.totals = [0.0, 0.0, 0]
+
+    def add(self, loss: Tensor, correct: Tensor) -> None:
+        self.recent.append((loss, correct))
+
+    def take(self, step: int) -> tuple[float, float]:
+        count = len(self.recent)
+        loss = float(torch.stack([x for x, _ in self.recent]).sum())
+        correct = float(torch.stack([x for _, x in self.recent]).sum())
+        self.recent.clear()
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"the loss became NaN or infinite within {count} steps before step {step}; lower optim.lr or "
+                "optim.quantizer_lr, or set optim.clip_norm."
+            )
+        self.totals = [self.totals[0] + loss, self.totals[1] + correct, self.totals[2] + count]
+        return loss / count, 100 * correct / (count * self.batch_size)
+
+    def epoch(self, step: int) -> dict[str, float]:
+        if self.recent:
+            self.take(step)
+        loss, correct, count = self.totals
+        count = max(count, 1)
+        return {"train_loss": loss / count, "train_top1": 100 * correct / (count * self.batch_size)}
+
+
+def _advance(model: nn.Module, step: int, total: int) -> None:
+    if any(True for _ in quantizers(model)):
+        set_progress(model, step / total)
+
+
+def _clipping(model: nn.Module, norm: float) -> Callable[[], None] | None:
+    if norm == 0:
+        return None
+    probes = {id(p) for _, q in quantizers(model) for p in q.rounding.probes()}
+    parameters = [p for p in model.parameters() if id(p) not in probes]
+
+    def clip() -> None:
+        nn.utils.clip_grad_norm_(parameters, norm)
+
+    return clip
+
+
+def _config_hash(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM so that training stops between two steps; a second SIGINT stops at once."""
+    received: list[int] = []
+
+    def remember(signum: int, _frame: object) -> None:
+        if received and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(signum)
+
+    try:
+        before = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: the application owns its signals
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,26 @@
+"""Fixtures for real data, which stays outside the repository."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qtemper.data import ImageData, load_cifar
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    folder = Path(os.environ.get("QTEMPER_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set QTEMPER_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10(shared_data: Path) -> ImageData:
+    return load_cifar(shared_data, "cifar10")
+
+
+@pytest.fixture(scope="session")
+def cifar100(shared_data: Path) -> ImageData:
+    return load_cifar(shared_data, "cifar100")
