@@ -1,3 +1,4 @@
+import hashlib
 import io
 import lzma
 import pickle
@@ -6,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -147,7 +148,7 @@ def test_test_batches_keep_order_and_remainder() -> None:
     assert torch.equal(torch.cat([x for x, _ in batches]), data.normalize(split.images, (0.5,), (0.5,)))
 
 
-# --- CIFAR ----------------------------------------------------------------------------------------------------
+# --- CIFAR --------------------------------------------------------------------------------------------------
 
 
 def check_one_sentence(error: Exception, *mentions: object) -> None:
@@ -180,7 +181,7 @@ def test_cifar_is_complete(cifar10: ImageData, cifar100: ImageData) -> None:
 
 
 def python2_pickle(fields: dict[str, Any]) -> bytes:
-    """Protocol 2 as Python 2's cPickle wrote the official files, bit by bit (it notes what is referenced twice)."""
+    """Protocol 2 as Python 2's cPickle wrote it, to the bit (it memoizes only some objects)."""
     noted = 0
 
     def note() -> bytes:
@@ -220,7 +221,7 @@ def python2_pickle(fields: dict[str, Any]) -> bytes:
 def write_official(folder: Path, loaded: ImageData, source: Path) -> None:
     """The official files of `loaded`; what it does not keep (file names, coarse labels) is in `source`."""
     folder.mkdir()
-    names = lzma.open(source / "filenames.txt.xz").read().decode().split("\n")
+    names = lzma.decompress((source / "filenames.txt.xz").read_bytes()).decode().split("\n")
     pixels = {"train": loaded.train.images.flatten(1).numpy(), "test": loaded.test.images.flatten(1).numpy()}
     labels = {"train": loaded.train.labels.tolist(), "test": loaded.test.labels.tolist()}
     filenames = {"train": names[:50_000], "test": names[50_000:60_000]}
@@ -287,10 +288,10 @@ def npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def webp(height: int) -> bytes:
+def webp(width: int, height: int) -> bytes:
     image = pytest.importorskip("PIL.Image")
     buffer = io.BytesIO()
-    image.new("RGB", (32, height)).save(buffer, "webp", lossless=True)
+    image.new("RGB", (width, height)).save(buffer, "webp", lossless=True)
     return buffer.getvalue()
 
 
@@ -299,10 +300,13 @@ def webp(height: int) -> bytes:
     [
         ("train-000.webp", lambda _: b"not an image"),
         ("train-000.webp", lambda original: original[: len(original) // 2]),
-        ("train-000.webp", lambda _: webp(height=32)),
+        ("train-000.webp", lambda _: webp(32, 32)),
+        ("train-000.webp", lambda _: webp(16_000, 32)),
         ("train-001.webp", None),
         ("train_labels.npy", lambda original: original[:1000]),
         ("train_labels.npy", lambda original: original[:4]),
+        ("train_labels.npy", lambda original: original[:20] + b"?" + original[21:]),
+        ("train_labels.npy", lambda _: b"PK\x03\x04 not numpy"),
         ("train_labels.npy", lambda _: npy(np.zeros(10, np.uint8))),
         ("train_labels.npy", lambda _: npy(np.full(50_000, 10, np.uint8))),
         ("train_labels.npy", lambda _: npy(np.full(50_000, {}, object))),
@@ -337,7 +341,8 @@ class Hostile:
         return Path.touch, (self.path,)
 
 
-def test_official_layout_refuses_what_is_not_the_official_file(tmp_path: Path) -> None:
+def test_official_layout_refuses_what_is_not_the_official_file(shared_data: Path, tmp_path: Path) -> None:
+    shutil.copy(shared_data / "cifar10" / "batches.meta", tmp_path)
     (tmp_path / "data_batch_1").write_bytes(
         pickle.dumps({b"data": Hostile(tmp_path / "touched")}, protocol=2)
     )
@@ -360,12 +365,11 @@ def test_a_hostile_pickle_executes_nothing(
     pickle.loads(content)
     assert touched.exists()  # it is hostile
     touched.unlink()
-    (tmp_path / "train").write_bytes(content)
-    monkeypatch.setattr(cifar.hashlib, "md5", lambda *_, **__: SimpleNamespace(hexdigest=lambda: "forged"))
-    monkeypatch.setitem(cifar._ARCHIVES["cifar100"].md5, "train", "forged")
+    (tmp_path / "meta").write_bytes(content)
+    monkeypatch.setitem(cifar._ARCHIVES["cifar100"].md5, "meta", hashlib.md5(content).hexdigest())
     with pytest.raises(DataError, match="no image file needs") as caught:
         data.load_cifar(tmp_path, "cifar100")
-    check_one_sentence(caught.value, tmp_path / "train")
+    check_one_sentence(caught.value, tmp_path / "meta")
     assert not touched.exists()
 
 
@@ -379,7 +383,7 @@ def test_the_unpickler_builds_only_bytes() -> None:
 
 
 class FakeDataset(dict[str, Any]):
-    features = {name: SimpleNamespace(names=["cat", "dog"]) for name in ("label", "fine_label")}
+    features: ClassVar = {name: SimpleNamespace(names=["cat", "dog"]) for name in ("label", "fine_label")}
 
 
 def fake_hub(monkeypatch: pytest.MonkeyPatch, load_dataset: Callable[[str], Any]) -> None:
@@ -418,7 +422,7 @@ def test_hub_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.MonkeyPa
     check_one_sentence(caught.value, "uoft-cs/cifar10", "ConnectionError", "source='folder'")
 
 
-# --- digits, configuration, optional packages ----------------------------------------------------------------
+# --- digits, configuration, optional packages ---------------------------------------------------------------
 
 
 def test_digits() -> None:

@@ -35,7 +35,7 @@ class Train:
     data: Path | None = None
     init: Path | None = None
     out: Path | None = None
-    assignments: Annotated[UseAppendAction[list[str]], arg(name="set", metavar="PATH=VALUE")] = None  # type: ignore[assignment]
+    assignments: Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="PATH=VALUE")] = ()
     resume: bool = False
 
     def run(self) -> None:
@@ -45,7 +45,7 @@ class Train:
         from qtemper.recipes import get_recipe
         from qtemper.run import RunDir
 
-        experiment = override(get_recipe(self.recipe), self.assignments or [])
+        experiment = override(get_recipe(self.recipe), list(self.assignments))
         if self.resume:
             if self.out is None:
                 raise ConfigError("--resume needs the run directory: --out RUN.")

@@ -2,8 +2,8 @@
 
 Two folder layouts are read:
 
-- official, the author's "python version": `data_batch_1` .. `test_batch`, or `train` and `test`. The md5 of every
-  file is checked, and a restricted unpickler reads it, since a pickle can otherwise run any code.
+- official, the author's "python version": `data_batch_1` .. `test_batch`, or `train` and `test`. Every md5 is
+  checked, and a restricted unpickler reads the files, since a pickle can otherwise run any code.
 - webp, half the size: `train-000.webp` .. `test-019.webp` (lossless, 500 images stacked vertically),
   `train_labels.npy`, `test_labels.npy`, `meta.json`. Counts, sizes and ranges are checked.
 """
@@ -225,8 +225,8 @@ def _webp_classes(path: Path, name: str) -> tuple[str, ...]:
 def _webp_labels(path: Path, name: str, size: int) -> Array:
     data = _read(path, name)
     try:
-        labels: Array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        labels: Array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except ValueError as error:
         raise DataError(f"{path} is damaged: {_remedy(name)}.") from error
     if labels.shape != (size,) or labels.dtype != np.uint8 or labels.max() >= _ARCHIVES[name].num_classes:
         raise DataError(f"{path} does not hold {size} labels of {name}: {_remedy(name)}.")
@@ -240,8 +240,10 @@ def _webp_images(folder: Path, part: str, name: str) -> Array:
         path = folder / f"{part}-{first // _IMAGES_PER_WEBP:03}.webp"
         data = _read(path, name)
         try:
-            stack = np.asarray(pil.open(io.BytesIO(data)).convert("RGB"))
-            tiles = stack.reshape(_IMAGES_PER_WEBP, 32, 32, 3)
+            stack = pil.open(io.BytesIO(data))
+            if stack.size != (32, 32 * _IMAGES_PER_WEBP):
+                raise ValueError(f"{stack.size} pixels")
+            tiles = np.asarray(stack.convert("RGB")).reshape(-1, 32, 32, 3)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"{path} is damaged (not 500 images of 32x32 pixels): {_remedy(name)}."

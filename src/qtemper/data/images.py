@@ -28,8 +28,8 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 """Mean and standard deviation per channel, of pixels in [0, 1]; `half` fits any number of channels.
 
-`cifar10` is what EWGS and chenyaofo's checkpoints use; its std is the mean of the images' own stds, less than that
-of all pixels.
+`cifar10` is what EWGS and chenyaofo's checkpoints use; its std is a mean over images of each one's own, less
+than the std of all pixels.
 """
 
 # First word of the keys: keeps these streams apart from one another and from the quantizers' noise.

@@ -241,7 +241,8 @@ def load_strictly(model: nn.Module, tensors: dict[str, Tensor], source: Path) ->
     own = model.state_dict()
     quantized = any("_quantizer." in key for key in tensors)
     expected = own if quantized else {k: v for k, v in own.items() if "_quantizer." not in k}
-    problems = [f"missing {key}" for key in expected if key not in tensors]
+    # Older checkpoints lack batch norm's step counter, which torch itself does not insist on.
+    problems = [f"missing {k}" for k in expected if k not in tensors and not k.endswith("num_batches_tracked")]
     problems += [f"unexpected {key}" for key in tensors if key not in expected]
     problems += [
         f"{key} has shape {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}"
