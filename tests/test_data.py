@@ -207,9 +207,7 @@ def python2_pickle(fields: dict[str, Any]) -> bytes:
         out = b"]" + note()
         for first in range(0, len(x), 1000):
             chunk = x[first : first + 1000]
-            out += (
-                b"(" + b"".join(string(i) if isinstance(i, str) else b"K" + bytes([i]) for i in chunk) + b"e"
-            )
+            out += b"(" + b"".join(string(i) if isinstance(i, str) else b"K" + bytes([i]) for i in chunk) + b"e"
         return out
 
     out = b"\x80\x02}" + note() + b"("
@@ -243,9 +241,7 @@ def write_official(folder: Path, loaded: ImageData, source: Path) -> None:
         rows = slice((number - 1) * 10_000, number * 10_000)
         fields = {"batch_label": label(part, number, count), "labels": labels[part][rows]}
         fields |= {"data": pixels[part][rows], "filenames": filenames[part][rows]}
-        (folder / (f"data_batch_{number}" if part == "train" else "test_batch")).write_bytes(
-            python2_pickle(fields)
-        )
+        (folder / (f"data_batch_{number}" if part == "train" else "test_batch")).write_bytes(python2_pickle(fields))
 
 
 @pytest.fixture
@@ -343,9 +339,7 @@ class Hostile:
 
 def test_official_layout_refuses_what_is_not_the_official_file(shared_data: Path, tmp_path: Path) -> None:
     shutil.copy(shared_data / "cifar10" / "batches.meta", tmp_path)
-    (tmp_path / "data_batch_1").write_bytes(
-        pickle.dumps({b"data": Hostile(tmp_path / "touched")}, protocol=2)
-    )
+    (tmp_path / "data_batch_1").write_bytes(pickle.dumps({b"data": Hostile(tmp_path / "touched")}, protocol=2))
     with pytest.raises(DataError, match="md5") as caught:
         data.load_cifar(tmp_path, "cifar10")
     check_one_sentence(caught.value, tmp_path / "data_batch_1")
@@ -357,9 +351,7 @@ def test_official_layout_refuses_what_is_not_the_official_file(shared_data: Path
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_hostile_pickle_executes_nothing(
-    protocol: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hostile_pickle_executes_nothing(protocol: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touched = tmp_path / "touched"
     content = pickle.dumps({b"data": Hostile(touched)}, protocol=protocol)
     pickle.loads(content)

@@ -49,9 +49,7 @@ def test_public_checkpoints_reach_their_accuracy(
 ) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     model = build(config)
-    model.load_state_dict(
-        safetensors.load_file(shared_data / "weights" / f"{checkpoint}.safetensors"), strict=True
-    )
+    model.load_state_dict(safetensors.load_file(shared_data / "weights" / f"{checkpoint}.safetensors"), strict=True)
     found = num_correct(model, request.getfixturevalue(name).test, normalization)
     assert abs(found - correct) <= 2  # of 10,000: near-ties can turn with another BLAS
 
@@ -133,9 +131,7 @@ def test_small_net_learns_digits() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_epochs)
     for epoch in range(num_epochs):
-        batches = data.train_batches(
-            digits.train, 64, seed=0, epoch=epoch, padding=1, flip=False, mean=mean, std=std
-        )
+        batches = data.train_batches(digits.train, 64, seed=0, epoch=epoch, padding=1, flip=False, mean=mean, std=std)
         for x, labels in batches:
             optimizer.zero_grad()
             F.cross_entropy(model(x), labels).backward()

@@ -16,7 +16,16 @@ from qtemper.errors import (
 from qtemper.methods import available as methods_available
 from qtemper.methods import get_method
 from qtemper.prepare import BitPolicy, Plan, Row, Rule, make_plan, param_groups, prepare, quantizer_table
-from qtemper.quantizer import Grid, Method, Quantizer, QuantSpec, Rounding, Tempering, quantizers, set_progress
+from qtemper.quantizer import (
+    Grid,
+    Method,
+    Quantizer,
+    QuantSpec,
+    Rounding,
+    Tempering,
+    quantizers,
+    set_progress,
+)
 
 __version__ = "0.1.0.dev0"
 

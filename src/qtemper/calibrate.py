@@ -145,9 +145,12 @@ class _Sample:
 
     def add(self, x: Tensor, limit: int | None = None) -> None:
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        # NaN propagates through both.
-        self.minimum = min(self.minimum, float(x.min())) if not math.isnan(self.minimum) else math.nan
-        self.maximum = max(self.maximum, float(x.max())) if not math.isnan(self.maximum) else math.nan
+        if x.numel() == 0:
+            return
+        # torch's minimum and maximum propagate NaN, Python's do not.
+        low, high = x.aminmax()
+        self.minimum = float(torch.tensor(self.minimum, dtype=x.dtype).minimum(low.cpu()))
+        self.maximum = float(torch.tensor(self.maximum, dtype=x.dtype).maximum(high.cpu()))
         rows = x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).reshape(x.shape[self.axis], -1)
         if limit is not None and rows.numel() > limit:
             # A stride that is coprime to the usual image sizes walks over all positions and channels.
@@ -212,7 +215,9 @@ def _fit(name: str, spec: QuantSpec, sample: _Sample, observer: Observer) -> tup
     what = f"the {'weight' if is_weight else 'input'} of {name.rsplit('.', 1)[0] if '.' in name else 'the model'}"
     way_out = f"or keep the layer in float with Rule({name.rpartition('.')[0]!r}, weight=32, activation=32)"
     if not sample.pieces:
-        raise CalibrationError(f"{what} was never seen: no batch reached the layer; pass batches that do, {way_out}.")
+        raise CalibrationError(
+            f"{what} was never seen: no batch reached the layer, or empty ones did; pass batches that do, {way_out}."
+        )
     low, high = sample.minimum, sample.maximum
     if not (math.isfinite(low) and math.isfinite(high)):
         raise CalibrationError(f"{what} has NaN or infinite values; check the weights before it and the batches.")

@@ -137,7 +137,11 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, RuntimeError, ModuleNotFoundError) as error:
-        if not isinstance(error, ValueError) and not type(error).__module__.startswith("qtemper") and not isinstance(error, ModuleNotFoundError):
+        if (
+            not isinstance(error, ValueError)
+            and not type(error).__module__.startswith("qtemper")
+            and not isinstance(error, ModuleNotFoundError)
+        ):
             raise
         print(f"qtemper: {error}", file=sys.stderr)
         sys.exit(2)

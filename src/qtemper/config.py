@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -36,6 +37,11 @@ class CalibrationConfig:
     batch_size: int = 256
     batch_norm: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("batches", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -62,6 +68,10 @@ class Experiment:
     train: TrainConfig = field(default_factory=TrainConfig)
     float_train: TrainConfig | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be 0 or more and below 2**63, got {self.seed}.")
 
 
 _SCHEDULES: dict[str, type[Any]] = {
@@ -99,7 +109,7 @@ def from_dict(data: Any, *, source: str = "configuration") -> Experiment:
     return experiment
 
 
-def from_json(text: str, *, source: str = "configuration") -> Experiment:
+def from_json(text: str | bytes, *, source: str = "configuration") -> Experiment:
     """An experiment from JSON text.
 
     Raises:
@@ -109,7 +119,10 @@ def from_json(text: str, *, source: str = "configuration") -> Experiment:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{source} is no sound JSON ({error}).") from None
-    return from_dict(data, source=source)
+    try:
+        return from_dict(data, source=source)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def to_json(experiment: Experiment) -> str:
@@ -148,7 +161,7 @@ def override(experiment: Experiment, assignments: list[str]) -> Experiment:
 def _parse(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"None": None, "True": True, "False": False}.get(text, text)
 
 
@@ -161,7 +174,7 @@ def _assign(data: dict[str, Any], path: str, value: Any) -> None:
         known = set(flatten(data))
         known |= {".".join(k.split(".")[:i]) for k in known for i in range(1, k.count(".") + 1)}
         raise ConfigError(f"unknown field {path!r}; {nearest(path, known)}")
-    if leaf == "name" and parents:
+    if leaf == "name" and node["name"] in {*methods.available(), *_SCHEDULES} and node["name"] != value:
         # Another method or schedule: the old one's settings mean nothing to it.
         node.clear()
     node[leaf] = value
@@ -174,11 +187,11 @@ def _decode(kind: Any, data: Any, path: str) -> Any:
         return _decode_union(arguments, data, path)
     if origin is Literal:
         if data not in arguments or isinstance(data, bool) != isinstance(arguments[0], bool):
-            raise ConfigError(f"{path} must be one of {', '.join(map(str, arguments))}, got {data!r}.")
+            raise ConfigError(f"{path} must be one of {', '.join(map(str, arguments))}, got {data!r:.80}.")
         return data
     if origin is tuple:
         if not isinstance(data, list | tuple):
-            raise ConfigError(f"{path} must be a list, got {data!r}.")
+            raise ConfigError(f"{path} must be a list, got {data!r:.80}.")
         return tuple(_decode(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(data))
     if kind is Method:
         return _decode_named(data, path, "method", methods.available(), methods.method_class)
@@ -192,8 +205,14 @@ def _decode(kind: Any, data: Any, path: str) -> Any:
 def _decode_scalar(kind: Any, data: Any, path: str) -> Any:
     accepted = {float: (int, float), int: (int,), bool: (bool,), str: (str,)}[kind]
     if not isinstance(data, accepted) or (isinstance(data, bool) and kind is not bool):
-        raise ConfigError(f"{path} must be {kind.__name__}, got {data!r}.")
-    return kind(data)
+        raise ConfigError(f"{path} must be {kind.__name__}, got {data!r:.80}.")
+    try:
+        value = kind(data)
+    except OverflowError:
+        value = math.inf
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{path} must be a finite number, got {data!r:.80}.")
+    return value
 
 
 def _decode_union(arguments: tuple[Any, ...], data: Any, path: str) -> Any:
@@ -214,7 +233,7 @@ def _decode_named(data: Any, path: str, what: str, known: typing.Iterable[str], 
     if isinstance(data, str):
         data = {"name": data}
     if not isinstance(data, dict) or not isinstance(data.get("name"), str):
-        raise ConfigError(f"{path} must be a {what}'s name or an object with one, got {data!r}.")
+        raise ConfigError(f"{path} must be a {what}'s name or an object with one, got {data!r:.80}.")
     if data["name"] not in known:
         raise ConfigError(f"{path}: unknown {what} {data['name']!r}; {nearest(data['name'], known)}")
     return _decode_fields(find(data["name"]), {k: v for k, v in data.items() if k != "name"}, path)
@@ -222,7 +241,7 @@ def _decode_named(data: Any, path: str, what: str, known: typing.Iterable[str], 
 
 def _decode_fields(cls: Any, data: Any, path: str) -> Any:
     if not isinstance(data, dict):
-        raise ConfigError(f"{path or 'the configuration'} must be an object with fields, got {data!r}.")
+        raise ConfigError(f"{path or 'the configuration'} must be an object with fields, got {data!r:.80}.")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     values = {}

@@ -99,12 +99,16 @@ def _one_batch(
     # One bin of each tensor: derivatives per bin are derivatives per unit times this.
     bins = [targets[name].grid.scale(out).detach() for name, out in flat]
     gradients = torch.autograd.grad(value, tensors, create_graph=True)
-    total = {name: 0.0 for name in targets}
+    total = dict.fromkeys(targets, 0.0)
     previous = dict(total)
     for draw in range(1, max_draws + 1):
         signs = [_rademacher(out, generator) for out in tensors]
         products = torch.autograd.grad(
-            gradients, tensors, [s * b for s, b in zip(signs, bins, strict=True)], retain_graph=True, allow_unused=True
+            gradients,
+            tensors,
+            [s * b for s, b in zip(signs, bins, strict=True)],
+            retain_graph=True,
+            allow_unused=True,
         )
         for (name, out), sign, product, b in zip(flat, signs, products, bins, strict=True):
             if product is not None:

@@ -316,9 +316,9 @@ def _signed32(word: int) -> int:
 def counter_bits(index: Tensor, key: Tensor) -> Tensor:
     """32 pseudo-random bits for every counter value: a pure function, no generator state.
 
-    A two-round multiply-xorshift mixer (constants found by C. Wellons' hash search) with one key word xor-ed in
-    before and the other added between the rounds, so that streams of different keys are not shifts or
-    permutations of one another. Not for cryptography.
+    C. Wellons' three-round `triple32` mixer, with one key word xor-ed in before the first round and the other added
+    after it, so that streams of different keys are not shifts or permutations of one another. (His two-round mixer
+    is cheaper but correlates elements 4,096 apart at up to 58 standard errors in 2**22 draws.) Not for cryptography.
 
     Args:
         index: int32 counters, any shape (an element's index in its tensor, or an image's in its data set).
@@ -328,10 +328,11 @@ def counter_bits(index: Tensor, key: Tensor) -> Tensor:
         int32, shape of `index`.
     """
     h = index ^ key[0]
-    h = (h ^ _shift_right(h, 16)) * _signed32(0x21F0AAAD)
+    h = (h ^ _shift_right(h, 17)) * _signed32(0xED5AD4BB)
     h = h + key[1]
-    h = (h ^ _shift_right(h, 15)) * _signed32(0x735A2D97)
-    return h ^ _shift_right(h, 15)
+    h = (h ^ _shift_right(h, 11)) * _signed32(0xAC4C1B51)
+    h = (h ^ _shift_right(h, 15)) * _signed32(0x31848BAB)
+    return h ^ _shift_right(h, 14)
 
 
 def _shift_right(h: Tensor, bits: int) -> Tensor:

@@ -28,7 +28,7 @@ class QuantLayer(nn.Module):
     def weight(self) -> Tensor:
         """The fake-quantized weight; the latent one is `latent_weight`."""
         latent = self.latent_weight
-        return latent if self.weight_quantizer is None else self.weight_quantizer(latent)  # type: ignore[no-any-return]
+        return latent if self.weight_quantizer is None else self.weight_quantizer(latent)
 
     @property
     def latent_weight(self) -> nn.Parameter:
@@ -57,7 +57,7 @@ class QuantLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A class made at run time cannot be found by name: rebuild it from the float class.
-        return _rebuild, (float_class(type(self)),), self.__getstate__()  # type: ignore[no-untyped-call]
+        return _rebuild, (float_class(type(self)),), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()
@@ -96,12 +96,13 @@ QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d = (
 QuantLinear = quant_class(nn.Linear)
 
 
-def quantize_layer(layer: nn.Module, weight: Quantizer | None, act: Quantizer | None) -> nn.Module:
+def quantize_layer(layer: nn.Module, weight: Quantizer | None, act: Quantizer | None) -> QuantLayer:
     """Turn a float layer, in place, into its quantized subclass.
 
     In place, so that hooks, attributes and every other reference to the module stay what they are.
     """
     layer.__class__ = quant_class(type(layer))
+    assert isinstance(layer, QuantLayer)
     layer.weight_quantizer = weight
     layer.act_quantizer = act
     return layer
@@ -114,7 +115,9 @@ def weight_channel_axis(layer: nn.Module) -> int:
 
 def input_channels(layer: nn.Module) -> int:
     """Number of input channels (features) of a quantizable layer."""
-    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)  # type: ignore[arg-type]
+    channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    assert isinstance(channels, int)
+    return channels
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from qtemper.calibrate import calibrate
 from qtemper.config import Experiment
 from qtemper.data import NORMALIZATIONS, ImageData, load, test_batches
 from qtemper.data.images import Split, epoch_order
-from qtemper.errors import ConfigError
+from qtemper.errors import CheckpointError, ConfigError
 from qtemper.models import build
-from qtemper.prepare import make_plan, prepare
+from qtemper.prepare import prepare
 from qtemper.run import RunDir
 from qtemper.train import evaluate, fit
-from qtemper.train.state import TrainState, load_checkpoint, load_strictly, read_safetensors
+from qtemper.train.state import load_model, load_strictly, read_safetensors
 
 
 def build_model(experiment: Experiment) -> nn.Module:
@@ -31,7 +32,12 @@ def build_model(experiment: Experiment) -> nn.Module:
 
 
 def train(
-    experiment: Experiment, run: RunDir, *, data: Path | None = None, init: Path | None = None, resume: bool = False
+    experiment: Experiment,
+    run: RunDir,
+    *,
+    data: Path | None = None,
+    init: Path | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Run an experiment; everything that can be wrong is checked before the run directory is made.
 
@@ -49,17 +55,23 @@ def train(
         ValueError: any bad input; the message names the remedy.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after a checkpoint.
     """
-    if not resume and experiment.method is not None and init is None and experiment.float_train is None:
+    continues = resume and run.checkpoints.is_dir()
+    if resume and not continues and init is None and run.float_weights.exists():
+        init = run.float_weights  # stopped between the float network and the first checkpoint
+    if not continues and experiment.method is not None and init is None and experiment.float_train is None:
         raise ConfigError(
             f"{experiment.name} starts from a float network: give one with --init FLOAT.safetensors "
             f"(a float recipe's final.safetensors, for instance)."
         )
     torch.manual_seed(experiment.seed)
     model = build(experiment.model)
-    if experiment.method is not None:
-        make_plan(model, experiment.policy, experiment.method)
     if init is not None:
         load_strictly(model, read_safetensors(init), init)
+        for name, tensor in model.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{name} in {init} has NaN or infinite values; give sound weights.")
+    if experiment.method is not None:
+        prepare(copy.deepcopy(model), experiment.method, experiment.policy)  # what is wrong shows now
     images = load(experiment.data, data)
     _check_fit(experiment, images)
     if not resume:
@@ -102,7 +114,16 @@ def _train(
         run.write_result(result)
         resume = False
     title = experiment.method.name
-    fit(model, images, experiment.train, out=run.path, resume=resume, teacher=teacher, title=title, **fit_options)
+    fit(
+        model,
+        images,
+        experiment.train,
+        out=run.path,
+        resume=resume,
+        teacher=teacher,
+        title=title,
+        **fit_options,
+    )
     result["top1"] = evaluate(model, images.test, experiment.data)
     return result
 
@@ -136,8 +157,8 @@ def load_run(run: RunDir) -> tuple[Experiment, nn.Module]:
     if run.final.exists():
         load_strictly(model, read_safetensors(run.final), run.final)
     else:
-        for line in load_checkpoint(run.checkpoints, TrainState(model, [])):
-            print(line)
+        for line in load_model(run.checkpoints, model):
+            print(line, file=sys.stderr)
     return experiment, model
 
 
@@ -163,9 +184,14 @@ def _check_fit(experiment: Experiment, images: ImageData) -> None:
             f"model.in_channels is {experiment.model.in_channels} but {images.name} has {channels} channels; "
             f"--set model.in_channels={channels}."
         )
-    if experiment.train.batch_size > len(images.train):
+    if len(NORMALIZATIONS[experiment.data.normalization][0]) not in (1, channels):
         raise ConfigError(
-            f"train.batch_size is {experiment.train.batch_size} but {images.name} has {len(images.train)} training "
-            "images; set a smaller one."
+            f"data.normalization {experiment.data.normalization!r} is not for images of {channels} channels; "
+            "--set data.normalization=half."
         )
-
+    for name, settings in (("train", experiment.train), ("float_train", experiment.float_train)):
+        if settings is not None and settings.batch_size > len(images.train):
+            raise ConfigError(
+                f"{name}.batch_size is {settings.batch_size} but {images.name} has {len(images.train)} training "
+                "images; set a smaller one."
+            )

@@ -46,6 +46,11 @@ class Rule:
     weight_granularity: Granularity | None = None
     activation_granularity: Granularity | None = None
 
+    def __post_init__(self) -> None:
+        for granularity in (self.weight_granularity, self.activation_granularity):
+            if granularity not in ("tensor", "channel", None):
+                raise ConfigError(f"granularity must be 'tensor' or 'channel', got {granularity!r}.")
+
 
 @dataclass(frozen=True)
 class BitPolicy:
@@ -64,6 +69,10 @@ class BitPolicy:
     activation: int = 4
     first_last: Literal["float", "8bit", "same"] = "float"
     rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.first_last not in ("float", "8bit", "same"):
+            raise ConfigError(f"first_last must be 'float', '8bit' or 'same', got {self.first_last!r}.")
 
     @classmethod
     def parse(cls, text: str) -> BitPolicy:
@@ -147,13 +156,13 @@ def format_table(rows: list[Row]) -> str:
 
 
 # Modules that hold weights but apply them by themselves: swapping their children would silently do nothing.
-_REFUSED: dict[type[nn.Module], str] = {
+_REFUSED: dict[type[Any], str] = {
     nn.RNNBase: "its weights are applied inside a fused kernel; write the recurrence with nn.Linear",
     nn.RNNCellBase: "its weights are applied inside a fused kernel; write the cell with nn.Linear",
     nn.MultiheadAttention: "it applies its projections itself; use an attention written with nn.Linear",
     nn.Bilinear: "there is no quantized bilinear form; write it with nn.Linear",
     nn.modules.lazy.LazyModuleMixin: "its weights do not exist yet; run one batch through the model first",
-}  # type: ignore[dict-item]
+}
 
 
 def make_plan(model: nn.Module, policy: BitPolicy | str, method: Method | None = None) -> Plan:
@@ -176,9 +185,11 @@ def make_plan(model: nn.Module, policy: BitPolicy | str, method: Method | None =
     for name, why in refused.items():
         weight, activation = _bits(policy, name, ends=set())
         if (weight, activation) != (FLOAT_BITS, FLOAT_BITS):
+            module = model.get_submodule(name)
+            keep = f", or keep it in float with Rule({name!r}, weight=32, activation=32)"
             raise UnsupportedModuleError(
-                f"{name or 'the model itself'} ({type(model.get_submodule(name)).__name__}) cannot be quantized: {why}, "
-                f"or keep it in float with Rule({name!r}, weight=32, activation=32)."
+                f"{name or 'the model itself'} ({type(module).__name__}) cannot be quantized: {why}"
+                f"{'' if isinstance(module, layers.QuantLayer) else keep}."
             )
     # Layers inside a refused module stay in float with it.
     names = [n for n in names if not any(n == r or n.startswith(r + ".") for r in refused if r)]
@@ -193,7 +204,9 @@ def _bits(policy: BitPolicy, name: str, ends: set[str]) -> tuple[int, int]:
     weight, activation = policy.weight, policy.activation
     if name in ends and policy.first_last != "same":
         preset = FLOAT_BITS if policy.first_last == "float" else 8
-        weight, activation = (preset if bits != FLOAT_BITS or preset == FLOAT_BITS else bits for bits in (weight, activation))
+        weight, activation = (
+            preset if bits != FLOAT_BITS or preset == FLOAT_BITS else bits for bits in (weight, activation)
+        )
     for rule in _matching(policy, name):
         weight = rule.weight if rule.weight is not None else weight
         activation = rule.activation if rule.activation is not None else activation
@@ -202,7 +215,8 @@ def _bits(policy: BitPolicy, name: str, ends: set[str]) -> tuple[int, int]:
 
 def _rows(policy: BitPolicy, method: Method | None, name: str, ends: set[str]) -> list[Row]:
     rows = []
-    for kind, bits in zip(("weight", "activation"), _bits(policy, name, ends), strict=True):
+    kinds: tuple[TensorKind, TensorKind] = ("weight", "activation")
+    for kind, bits in zip(kinds, _bits(policy, name, ends), strict=True):
         levels = method.default_levels(kind) if method else "auto"
         granularity: Granularity = "tensor"
         for rule in _matching(policy, name):
@@ -267,6 +281,10 @@ def prepare(model: nn.Module, method: Method | str, policy: BitPolicy | Plan | s
     by_layer: dict[str, dict[str, Row]] = {}
     for row in plan:
         by_layer.setdefault(row.layer, {})[row.tensor] = row
+    known = {name for name, module in model.named_modules() if isinstance(module, layers.QUANTIZABLE)}
+    for name in by_layer:
+        if name not in known:
+            raise ConfigError(f"the plan names {name!r}, which is no layer of this model; use make_plan on this model.")
     todo = [(name, model.get_submodule(name), rows) for name, rows in by_layer.items()]
     for name, layer, _ in todo:
         _check_weight(name, layer)
@@ -304,9 +322,12 @@ def _build(method: Method, row: Row, layer: nn.Module) -> Quantizer | None:
     else:
         axis = -1 if isinstance(layer, nn.Linear) else 1
         channels = layers.input_channels(layer)
-    spec = QuantSpec(row.bits, row.levels, axis if row.granularity == "channel" else None)
-    grid = method.grid(row.tensor, spec, channels)
-    return Quantizer(spec, grid, method.rounding(row.tensor, spec)).to(weight.device)
+    try:
+        spec = QuantSpec(row.bits, row.levels, axis if row.granularity == "channel" else None)
+        grid, rounding = method.grid(row.tensor, spec, channels), method.rounding(row.tensor, spec)
+    except ValueError as error:
+        raise ConfigError(f"{row.layer}, {row.tensor}: {error}") from None
+    return Quantizer(spec, grid, rounding).to(weight.device)
 
 
 def quantizer_table(model: nn.Module) -> str:
@@ -323,7 +344,13 @@ def quantizer_table(model: nn.Module) -> str:
                 continue
             spec = quantizer.spec
             rows.append(
-                Row(name, tensor, spec.bits, quantizer.grid.levels, "channel" if spec.channel_axis is not None else "tensor")
+                Row(
+                    name,
+                    tensor,
+                    spec.bits,
+                    quantizer.grid.levels,
+                    "channel" if spec.channel_axis is not None else "tensor",
+                )
             )
     return format_table(rows)
 

@@ -1,6 +1,8 @@
-"""The one idea: a quantizer is a `Grid` (where are the levels?) times a `Rounding` (what replaces `round()`
-while training?). A `Method` names both for weights and for activations; the final class `Quantizer` joins them,
-and its forward is the only fake quantization in the package:
+"""The one idea: a quantizer is a grid times a rounding.
+
+A `Grid` says where the levels are, a `Rounding` what replaces `round()` while training; a `Method` names both for
+weights and for activations. The final class `Quantizer` joins them, and its forward is the only fake quantization
+in the package:
 
     x --Grid.encode--> v --Rounding (train) | round (eval)--> v' --Grid.decode--> x_hat
 """
@@ -137,7 +139,7 @@ class Grid(nn.Module, ABC):
             v: what `encode` returned.
         """
 
-    def set_progress(self, progress: float) -> None:  # noqa: B027 (most grids do not change with progress)
+    def set_progress(self, progress: float) -> None:
         """Called once per optimizer step with progress in [0, 1]."""
 
     def per_channel(self, x: Tensor, scale: Tensor) -> Tensor:
@@ -171,14 +173,14 @@ class Rounding(nn.Module, ABC):
     def forward(self, v: Tensor) -> Tensor:
         """Surrogate of `round(v)`; `v` in bins, any shape, float32 or float64."""
 
-    def set_progress(self, progress: float) -> None:  # noqa: B027 (most roundings do not change with progress)
+    def set_progress(self, progress: float) -> None:
         """Called once per optimizer step with progress in [0, 1]."""
 
     def probes(self) -> list[nn.Parameter]:
         """Parameters that collect a statistic as their gradient and that no optimizer may touch."""
         return []
 
-    def set_curvature(self, mean_diagonal: float, gradient_std: float) -> None:  # noqa: B027 (few ask for it)
+    def set_curvature(self, mean_diagonal: float, gradient_std: float) -> None:
         """Take the mean diagonal of the Hessian and the gradient's standard deviation, both per bin."""
 
 
@@ -238,7 +240,7 @@ class Method(ABC):
     def rounding(self, kind: TensorKind, spec: QuantSpec) -> Rounding:
         """The training surrogate for a weight or an activation."""
 
-    def default_levels(self, kind: TensorKind) -> Levels | Literal["auto"]:  # noqa: ARG002 (for overriding)
+    def default_levels(self, kind: TensorKind) -> Levels | Literal["auto"]:
         """The kind of grid where the policy does not say."""
         return "auto"
 

@@ -63,12 +63,18 @@ class RunDir:
         Raises:
             CheckpointError: the directory has content already, or cannot be written.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise CheckpointError(f"{self.path} is not a directory; choose another --out.")
         if self.path.exists() and any(self.path.iterdir()):
-            raise CheckpointError(f"{self.path} is not empty; choose another --out, or continue that run with --resume.")
+            raise CheckpointError(
+                f"{self.path} is not empty; choose another --out, or continue that run with --resume."
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CheckpointError(f"cannot create {self.path}: {error.strerror or error}; choose another --out.") from None
+            raise CheckpointError(
+                f"cannot create {self.path}: {error.strerror or error}; choose another --out."
+            ) from None
         record = environment(experiment.seed) | {"data": None if data is None else str(data.resolve())}
         write_atomically(self.path / "environment.json", (json.dumps(record, indent=2) + "\n").encode())
         write_atomically(self.path / "config.json", to_json(experiment).encode())
@@ -94,13 +100,13 @@ class RunDir:
         Raises:
             ConfigError: the file is damaged.
         """
-        return from_json((self.path / "config.json").read_text(), source=str(self.path / "config.json"))
+        return from_json((self.path / "config.json").read_bytes(), source=str(self.path / "config.json"))
 
     def data_directory(self) -> Path | None:
         """The data directory of the training, if it is recorded and still there."""
         try:
             recorded = json.loads((self.path / "environment.json").read_text())["data"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         return Path(recorded) if recorded and Path(recorded).is_dir() else None
 
@@ -111,7 +117,12 @@ class RunDir:
     def read_result(self) -> dict[str, Any]:
         """What `write_result` wrote, or nothing."""
         path = self.path / "result.json"
-        return dict(json.loads(path.read_text())) if path.exists() else {}
+        try:
+            return dict(json.loads(path.read_bytes())) if path.exists() else {}
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}); delete it to go on without the accuracies that it recorded."
+            ) from None
 
     def write_float(self, model: nn.Module) -> None:
         """Write `float.safetensors`."""
@@ -149,7 +160,16 @@ def cpu_flags() -> list[str]:
 
 def commit() -> str | None:
     """The commit of the source tree the package runs from, with `-dirty`; None for an installed package."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
     try:
         out = subprocess.run(git, capture_output=True, text=True, timeout=10, env={**os.environ, "LC_ALL": "C"})
     except (OSError, subprocess.TimeoutExpired):

@@ -245,8 +245,6 @@ def _webp_images(folder: Path, part: str, name: str) -> Array:
                 raise ValueError(f"{stack.size} pixels")
             tiles = np.asarray(stack.convert("RGB")).reshape(-1, 32, 32, 3)
         except (OSError, ValueError) as error:
-            raise DataError(
-                f"{path} is damaged (not 500 images of 32x32 pixels): {_remedy(name)}."
-            ) from error
+            raise DataError(f"{path} is damaged (not 500 images of 32x32 pixels): {_remedy(name)}.") from error
         images[first : first + _IMAGES_PER_WEBP] = tiles.transpose(0, 3, 1, 2)
     return images

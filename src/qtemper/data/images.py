@@ -98,9 +98,7 @@ def normalize(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[floa
     return (images.to(torch.float32) / 255 - shift) / width
 
 
-def augment(
-    images: Tensor, index: Tensor, *, seed: int, epoch: int, padding: int = 4, flip: bool = True
-) -> Tensor:
+def augment(images: Tensor, index: Tensor, *, seed: int, epoch: int, padding: int = 4, flip: bool = True) -> Tensor:
     """Random crop from a black border and random horizontal flip, one of each per image.
 
     An image's crop depends on `seed`, `epoch` and its own `index` alone, not on its batch or the device.
@@ -174,9 +172,7 @@ def train_batches(
     """
     _check_batch_size(batch_size)
     if batch_size > len(split):
-        raise ValueError(
-            f"batch_size {batch_size} is more than the {len(split)} images: no batch is full; lower it."
-        )
+        raise ValueError(f"batch_size {batch_size} is more than the {len(split)} images: no batch is full; lower it.")
     num_steps = len(split) // batch_size
     if not 0 <= first_step <= num_steps:
         raise ValueError(f"first_step must be 0 to {num_steps} (batches per epoch), got {first_step}.")

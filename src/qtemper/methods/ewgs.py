@@ -45,7 +45,7 @@ class Delta(nn.Module, ABC):
     def forward(self) -> Tensor:
         """Current delta, shape (), no gradient."""
 
-    def set_curvature(self, mean_diagonal: float, gradient_std: float) -> None:  # noqa: B027 (one rule asks)
+    def set_curvature(self, mean_diagonal: float, gradient_std: float) -> None:
         """Take a Hessian estimate, per bin."""
 
 

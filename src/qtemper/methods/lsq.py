@@ -83,6 +83,6 @@ class LSQ(Method):
         """The learned step."""
         return LearnedStep(spec, num_channels, batched=kind == "activation")
 
-    def rounding(self, kind: TensorKind, spec: QuantSpec) -> Rounding:  # noqa: ARG002
+    def rounding(self, kind: TensorKind, spec: QuantSpec) -> Rounding:
         """Straight through."""
         return StraightThrough()

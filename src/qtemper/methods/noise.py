@@ -54,6 +54,6 @@ class Noise(Method):
         """The learned step."""
         return LearnedStep(spec, num_channels, batched=kind == "activation")
 
-    def rounding(self, kind: TensorKind, spec: QuantSpec) -> Rounding:  # noqa: ARG002
+    def rounding(self, kind: TensorKind, spec: QuantSpec) -> Rounding:
         """Additive noise."""
         return UniformNoise()

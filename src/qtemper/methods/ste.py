@@ -64,10 +64,10 @@ class STE(Method):
 
     name: ClassVar[str] = "ste"
 
-    def grid(self, kind: TensorKind, spec: QuantSpec, num_channels: int) -> Grid:  # noqa: ARG002
+    def grid(self, kind: TensorKind, spec: QuantSpec, num_channels: int) -> Grid:
         """The calibrated grid."""
         return FixedStep(spec, num_channels)
 
-    def rounding(self, kind: TensorKind, spec: QuantSpec) -> Rounding:  # noqa: ARG002
+    def rounding(self, kind: TensorKind, spec: QuantSpec) -> Rounding:
         """Straight through."""
         return StraightThrough()

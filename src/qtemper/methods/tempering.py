@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from qtemper import functional as F
-from qtemper.methods.ewgs import DELTA_MAX, Delta, FixedDelta, HessianDelta, delta_from_curvature
+from qtemper.methods.ewgs import DELTA_MAX, Delta, FixedDelta, HessianDelta
 from qtemper.methods.lsq import LearnedStep
 from qtemper.quantizer import Grid, Method, NoiseSource, QuantSpec, Rounding, TensorKind
 from qtemper.schedules import Exponential, Schedule
@@ -239,7 +239,7 @@ class NoiseTempering(Method):
         """The learned step."""
         return LearnedStep(spec, num_channels, batched=kind == "activation")
 
-    def rounding(self, kind: TensorKind, spec: QuantSpec) -> Rounding:  # noqa: ARG002
+    def rounding(self, kind: TensorKind, spec: QuantSpec) -> Rounding:
         """Tempered noise and gradient scaling for this kind of tensor."""
         which = "weights" if kind == "weight" else "activations"
         noise: NoiseName = self.noise if self.noise_on in ("both", which) else "none"

@@ -43,7 +43,8 @@ def short(data: DataName, bits: str, method: str) -> Experiment:
         name=f"{data}-resnet20-{bits.lower()}-{method}",
         data=DataConfig(name=data, normalization=public["normalization"]),
         model=ModelConfig(
-            num_classes=10 if data == "cifar10" else 100, shortcut="pad" if public["shortcut"] == "pad" else "conv"
+            num_classes=10 if data == "cifar10" else 100,
+            shortcut="pad" if public["shortcut"] == "pad" else "conv",
         ),
         method=get_method(method),
         policy=BitPolicy.parse(bits),

@@ -59,9 +59,19 @@ class TrainConfig:
     curvature_draws: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "checkpoint_every", "log_every", "curvature_batches", "curvature_draws"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "checkpoint_every",
+            "log_every",
+            "curvature_batches",
+            "curvature_draws",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("evaluate_every", "curvature_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
 
 
 class TrainingInterrupted(Exception):  # noqa: N818 (an event, not an error)
@@ -138,13 +148,19 @@ def fit(
     device = next(model.parameters()).device
     data = data.to(device)
     steps = len(data.train) // config.batch_size
+    if steps == 0:
+        raise ValueError(f"batch_size {config.batch_size} is more than the {len(data.train)} images; lower it.")
+    if resume and out is None:
+        raise ValueError("resume needs the directory that holds the checkpoints: set out.")
     total = steps * config.epochs
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if teacher is not None:
         teacher.to(device).eval()
     loss = build_loss(config.loss, teacher)
-    state = TrainState(model, build_optimizers(model, config.optim), config_hash=_config_hash(config, data_config, seed))
+    state = TrainState(
+        model, build_optimizers(model, config.optim), config_hash=_config_hash(config, data_config, seed)
+    )
     log = MetricsLog(out)
     if resume and out is not None:
         for line in load_checkpoint(out / "checkpoints", state):
@@ -154,12 +170,17 @@ def fit(
         _advance(model, 0, total)
     forward = torch.compile(model, fullgraph=True) if config.compile else model
     batches = _Batches(data, config, data_config, seed)
-    with Display(config.epochs, steps, config.batch_size, state.step, title) as display, _stop_on_signal() as stopped:
+    with (
+        Display(config.epochs, steps, config.batch_size, state.step, title) as display,
+        _stop_on_signal() as stopped,
+    ):
         for epoch in range(state.step // steps, config.epochs):
             _train_epoch(epoch, state, forward, loss, batches, config, display, log, stopped, out)
             _finish_epoch(epoch, state, loss, batches, config, display, log)
-            if out is not None and ((epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == config.epochs):
-                save_checkpoint(out / "checkpoints", state)
+            due = (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == config.epochs
+            path = _checkpoint(state, out) if due or stopped else None
+            if stopped:
+                raise TrainingInterrupted(stopped[0], state.step, path)
     return state.history
 
 
@@ -217,14 +238,32 @@ def _train_epoch(
             rate = state.optimizers[0].param_groups[0]["lr"]
             log.write(step=state.step, loss=value, top1=top1, temperature=heat, lr=rate)
             display.step(state.step, value, top1, heat)
-        if stopped:
-            path = save_checkpoint(out / "checkpoints", state) if out is not None else None
-            raise TrainingInterrupted(stopped[0], state.step, path)
+        # After an epoch's last step `fit` stops, when the epoch is evaluated and in the history.
+        if stopped and state.step % steps:
+            raise TrainingInterrupted(stopped[0], state.step, _checkpoint(state, out))
     state.history.append({"epoch": epoch + 1, "step": state.step, **running.epoch(state.step)})
 
 
+def _checkpoint(state: TrainState, out: Path | None) -> Path | None:
+    """Write a checkpoint where there is a directory for it, but none that diverged: resuming it would be in vain."""
+    if out is None:
+        return None
+    if not all(bool(torch.isfinite(p).all()) for p in state.model.parameters()):
+        raise DivergedError(
+            f"the weights became NaN or infinite by step {state.step}; lower optim.lr or optim.quantizer_lr, or set "
+            "optim.clip_norm. Earlier checkpoints are sound."
+        )
+    return save_checkpoint(out / "checkpoints", state)
+
+
 def _finish_epoch(
-    epoch: int, state: TrainState, loss: Loss, batches: _Batches, config: TrainConfig, display: Display, log: MetricsLog
+    epoch: int,
+    state: TrainState,
+    loss: Loss,
+    batches: _Batches,
+    config: TrainConfig,
+    display: Display,
+    log: MetricsLog,
 ) -> None:
     last = epoch + 1 == config.epochs
     due = last or (config.evaluate_every > 0 and (epoch + 1) % config.evaluate_every == 0)
@@ -263,7 +302,9 @@ def evaluate(model: nn.Module, split: Split, data_config: DataConfig, *, batch_s
 
 def temperature(model: nn.Module) -> float | None:
     """The highest temperature of the model's quantizers, or None where none has any."""
-    found = [float(t) for _, q in quantizers(model) if isinstance(t := getattr(q.rounding, "temperature", None), Tensor)]
+    found = [
+        float(t) for _, q in quantizers(model) if isinstance(t := getattr(q.rounding, "temperature", None), Tensor)
+    ]
     return max(found) if found else None
 
 
@@ -284,8 +325,16 @@ class MetricsLog:
     def truncate(self, step: int) -> None:
         """Drop lines after `step`: a resumed run writes them again."""
         if self.path is not None and self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+            self.path.write_text("".join(line for line in lines if self._step(line) <= step))
+
+    @staticmethod
+    def _step(line: str) -> float:
+        """The step of a line; infinite for one that a crash left half-written."""
+        try:
+            return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+        except (ValueError, TypeError, KeyError):
+            return math.inf
 
 
 class _Running:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtemper.prepare import param_groups
@@ -48,9 +48,7 @@ class OptimConfig:
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
     """One optimizer, or two where quantizer parameters have their own kind."""
-    groups = param_groups(
-        model, lr=config.lr, weight_decay=config.weight_decay, quantizer_lr=config.quantizer_lr
-    )
+    groups = param_groups(model, lr=config.lr, weight_decay=config.weight_decay, quantizer_lr=config.quantizer_lr)
     for group in groups:
         group["initial_lr"] = group["lr"]
     second = config.quantizer_optimizer
@@ -90,6 +88,8 @@ class LossConfig:
         for name in ("label_smoothing", "distillation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        if self.distillation_temperature <= 0:
+            raise ValueError(f"distillation_temperature must be above 0, got {self.distillation_temperature}.")
 
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -113,8 +113,6 @@ def build_loss(config: LossConfig, teacher: Callable[[Tensor], Tensor] | None) -
         with torch.no_grad():
             soft = F.log_softmax(teacher(images).float() / temperature, dim=1)
         own = F.log_softmax(logits / temperature, dim=1)
-        return (1 - alpha) * hard + alpha * temperature**2 * F.kl_div(
-            own, soft, reduction="batchmean", log_target=True
-        )
+        return (1 - alpha) * hard + alpha * temperature**2 * F.kl_div(own, soft, reduction="batchmean", log_target=True)
 
     return loss

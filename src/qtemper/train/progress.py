@@ -22,7 +22,12 @@ class Display:
     """
 
     def __init__(
-        self, num_epochs: int, steps_per_epoch: int, batch_size: int, first_step: int = 0, title: str = "train"
+        self,
+        num_epochs: int,
+        steps_per_epoch: int,
+        batch_size: int,
+        first_step: int = 0,
+        title: str = "train",
     ) -> None:
         self.console = Console()
         self.num_epochs, self.steps_per_epoch, self.batch_size = num_epochs, steps_per_epoch, batch_size
@@ -47,7 +52,9 @@ class Display:
             self.progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.progress is not None:
             self.progress.stop()
 

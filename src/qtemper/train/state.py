@@ -106,16 +106,27 @@ def load_checkpoint(directory: Path, state: TrainState) -> list[str]:
     Raises:
         CheckpointError: none is sound, or it belongs to another configuration or model.
     """
-    skipped = []
+    path, skipped = _newest_sound(directory)
+    _restore(path, state)
+    return skipped
+
+
+def load_model(directory: Path, model: nn.Module) -> list[str]:
+    """Load the model alone from the newest sound checkpoint under `directory`; otherwise as `load_checkpoint`."""
+    path, skipped = _newest_sound(directory)
+    load_strictly(model, read_safetensors(path / "model.safetensors"), path / "model.safetensors")
+    return skipped
+
+
+def _newest_sound(directory: Path) -> tuple[Path, list[str]]:
+    damaged: list[str] = []
     for path in _complete(directory):
         damage = _damage(path)
-        if damage:
-            skipped.append(f"{path.name} is damaged ({damage}); using the one before.")
-            continue
-        _restore(path, state)
-        return skipped
-    detail = " ".join(skipped)
-    raise CheckpointError(f"no sound checkpoint in {directory}; start again without --resume. {detail}".strip())
+        if not damage:
+            return path, [f"{line}; using the one before." for line in damaged]
+        damaged.append(f"{path.name} is damaged ({damage})")
+    detail = f" ({'; '.join(damaged)})" if damaged else ""
+    raise CheckpointError(f"no sound checkpoint in {directory}{detail}; start again with a new --out.")
 
 
 def _restore(path: Path, state: TrainState) -> None:
@@ -223,6 +234,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a directory; give a .safetensors file.")
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; give a .safetensors file.")
     try:

@@ -1,0 +1,43 @@
+# Nothing is needed before `make demo` or `make test` but Python 3.10+ and make: both set up .venv themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check lint types package clean
+
+demo: $(READY)
+	$(BIN)/qtemper train digits-w2a2-tempering
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: lint types test
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+# The wheel, installed without the repository beside it, in an environment of its own.
+package: $(READY)
+	rm -rf build/package && mkdir -p build/package
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/package .
+	$(PYTHON) -m venv build/package/venv
+	build/package/venv/bin/pip install --quiet -c constraints.txt "$$(ls build/package/*.whl)[train]"
+	cd build/package && venv/bin/python -I -c "import qtemper; print(qtemper.__file__, qtemper.__version__)"
+	cd build/package && venv/bin/qtemper train digits-w2a2-tempering --out run \
+		--set float_train.epochs=2 --set train.epochs=1
+	cd build/package && venv/bin/qtemper evaluate run --json
+
+# torch first and by itself: an index may offer several builds, and the constraint picks one for everything after.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

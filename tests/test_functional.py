@@ -1,0 +1,137 @@
+"""Pure functions: ranges, gradients of the small autograd functions, statistics of the counter-based noise."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qtemper import functional as F
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("levels", ["unsigned", "signed", "symmetric"])
+def test_every_grid_has_two_to_the_bits_levels(bits, levels):
+    qmin, qmax, zero_point = F.code_range(bits, levels)
+    assert qmax - qmin + 1 == 2**bits
+    values = [(q - zero_point) for q in range(qmin, qmax + 1)]
+    if levels == "symmetric":
+        assert values == [-v for v in reversed(values)]
+        assert 0 not in values
+    else:
+        assert 0 in values
+
+
+@given(st.floats(-100, 100), st.floats(1e-3, 10), st.integers(1, 8))
+@settings(max_examples=200, derandomize=True, deadline=None)
+def test_decode_inverts_encode_inside_the_range(x, scale, bits):
+    codes = F.code_range(bits, "signed")
+    x, scale = torch.tensor(x, dtype=torch.float64), torch.tensor(scale, dtype=torch.float64)
+    back = F.decode(F.encode(x, scale, codes), scale, codes)
+    clipped = torch.clamp(x, scale * codes.qmin, scale * codes.qmax)
+    torch.testing.assert_close(back, clipped)
+
+
+def test_round_ste_rounds_ties_to_even_and_passes_the_gradient():
+    v = torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.5, 0.2], requires_grad=True)
+    out = F.round_ste(v)
+    assert out.tolist() == [-2, 0, 0, 2, 2, 0]
+    out.backward(torch.arange(6.0))
+    assert v.grad.tolist() == list(range(6))
+
+
+def test_small_gradients():
+    x = torch.tensor([1.0, -3.0], requires_grad=True)
+    F.scale_gradient(x, 0.25).sum().backward()
+    assert x.grad.tolist() == [0.25, 0.25]
+    x.grad = None
+    y = F.positive(x, 1e-3)
+    assert y.tolist() == [1.0, pytest.approx(1e-3)]
+    y.sum().backward()
+    assert x.grad.tolist() == [1.0, 1.0], "a step below the floor still gets its gradient"
+    value = torch.tensor([7.0, 8.0], requires_grad=True)
+    x.grad = None
+    out = F.replace_value(x, value)
+    assert out.tolist() == [7.0, 8.0]
+    out.sum().backward()
+    assert x.grad.tolist() == [1.0, 1.0]
+    assert value.grad is None
+
+
+def test_gradient_scaling_never_turns_the_gradient_around():
+    v = torch.tensor([0.4, 0.4, -0.4, -0.4], dtype=torch.float64, requires_grad=True)
+    value = torch.tensor([0.0, 3.0, 0.0, -3.0], dtype=torch.float64)  # noise can move it further than half a bin
+    g = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
+    F.elementwise_gradient_scaling(v, value, torch.tensor(0.5, dtype=torch.float64)).backward(g)
+    assert v.grad.tolist() == pytest.approx([1.2, 0.0, -1.2, 0.0])
+
+
+def test_vmap_over_the_autograd_functions():
+    v = torch.randn(3, 5, dtype=torch.float64)
+
+    def gradient(row):
+        return torch.func.grad(lambda r: (F.round_ste(r) * r.detach()).sum())(row)
+
+    assert torch.equal(torch.func.vmap(gradient)(v), v)
+
+
+class TestNoise:
+    """Statistics over N draws; bounds are six standard errors, so that a sound generator fails once in 1e8."""
+
+    N = 2**22
+
+    def draws(self, *words, n=N):
+        return F.counter_uniform(
+            torch.arange(n, dtype=torch.int32), torch.tensor(F.derive_key(*words), dtype=torch.int32)
+        )
+
+    def test_is_a_pure_function_of_index_and_key(self):
+        assert torch.equal(self.draws(1, 2, n=1000), self.draws(1, 2, n=2000)[:1000])
+        assert not torch.equal(self.draws(1, 2, n=1000), self.draws(1, 3, n=1000))
+
+    def test_is_inside_the_open_interval(self):
+        u = self.draws(0)
+        assert 0 < u.min() < 1e-6
+        assert 1 - 1e-6 < u.max() < 1
+
+    def test_mean_variance_and_histogram(self):
+        u = self.draws(5).double()
+        assert abs(u.mean() - 0.5) < 6 * math.sqrt(1 / 12 / self.N)
+        assert abs(u.var() - 1 / 12) < 6 * math.sqrt(1 / 180 / self.N)
+        counts = torch.histc(u, 1024, 0, 1)
+        expected = self.N / 1024
+        chi2 = float(((counts - expected) ** 2 / expected).sum())
+        assert abs(chi2 - 1023) < 6 * math.sqrt(2 * 1023)
+
+    @pytest.mark.parametrize("lag", [1, 2, 3, 7, 16, 32, 64, 576, 1024, 4096, 16384, 65536])
+    def test_elements_are_uncorrelated(self, lag):
+        u = self.draws(9).double() - 0.5
+        correlation = (u[:-lag] * u[lag:]).mean() * 12
+        assert abs(correlation) < 6 / math.sqrt(self.N)
+
+    @pytest.mark.parametrize("other", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 2**20)])
+    def test_streams_are_uncorrelated_at_every_small_shift(self, other):
+        a, b = self.draws(0, 0, 0, n=2**18).double() - 0.5, self.draws(*other, n=2**18).double() - 0.5
+        products = torch.fft.irfft(torch.fft.rfft(a) * torch.fft.rfft(b).conj()) / len(a) * 12
+        # 2**18 shifts at once: the largest of so many normal values stays below 7 standard errors.
+        assert products.abs().max() < 7 / math.sqrt(len(a))
+
+    def test_pairs_fill_the_square(self):
+        u = self.draws(3)
+        cells = (u[:-1] * 64).int() * 64 + (u[1:] * 64).int()
+        counts = torch.bincount(cells.long(), minlength=4096).double()
+        expected = (self.N - 1) / 4096
+        chi2 = float(((counts - expected) ** 2 / expected).sum())
+        assert abs(chi2 - 4095) < 6 * math.sqrt(2 * 4095)
+
+    def test_eager_and_compiled_agree_to_the_bit(self):
+        compiled = torch.compile(F.counter_uniform, fullgraph=True)
+        index, key = torch.arange(10_001, dtype=torch.int32), torch.tensor(F.derive_key(4), dtype=torch.int32)
+        assert torch.equal(compiled(index, key), F.counter_uniform(index, key))
+
+    def test_gaussian(self):
+        z = F.gaussian_from_uniform(self.draws(8)).double()
+        assert abs(z.mean()) < 6 / math.sqrt(self.N)
+        assert abs(z.var() - 1) < 6 * math.sqrt(2 / self.N)
+        assert z.abs().max() < 5.4
