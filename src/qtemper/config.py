@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -155,6 +156,10 @@ def override(experiment: Experiment, assignments: list[str]) -> Experiment:
         if not equals or not path:
             raise ConfigError(f"cannot read {assignment!r}; write --set field.path=value.")
         _assign(data, path.strip(), _parse(text.strip()))
+        # A method or schedule set by its name has fields that later assignments reach. What is wrong may be put
+        # right by them.
+        with contextlib.suppress(ConfigError):
+            data = to_dict(from_dict(data))
     return from_dict(data)
 
 

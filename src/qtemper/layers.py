@@ -80,7 +80,9 @@ _quant_classes: dict[type[nn.Module], type[QuantLayer]] = {}
 def quant_class(cls: type[nn.Module]) -> type[QuantLayer]:
     """The quantized subclass of a float layer's class, the same object every time."""
     if cls not in _quant_classes:
-        _quant_classes[cls] = type(f"Quant{cls.__name__}", (QuantLayer, cls), {"__module__": __name__})
+        doc = f"`{cls.__name__}` with its input and its weight quantized; see `QuantLayer`."
+        name = f"Quant{cls.__name__}"
+        _quant_classes[cls] = type(name, (QuantLayer, cls), {"__module__": __name__, "__doc__": doc})
     return _quant_classes[cls]
 
 
