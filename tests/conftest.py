@@ -1,9 +1,11 @@
 """Fixtures for real data, which stays outside the repository."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from qtemper.data import ImageData, load_cifar
 
@@ -24,3 +26,12 @@ def cifar10(shared_data: Path) -> ImageData:
 @pytest.fixture(scope="session")
 def cifar100(shared_data: Path) -> ImageData:
     return load_cifar(shared_data, "cifar100")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny tensors are slower on several threads, above all when other processes run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -25,6 +25,8 @@ from qtemper.recipes import get_recipe
 from qtemper.run import RunDir
 from qtemper.train.state import TrainState, save_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Thunk = Callable[[], object]
 
 ALL = BitPolicy(4, 4, first_last="same")
@@ -32,14 +34,6 @@ DIGITS = "digits-w2a2-tempering"
 CIFAR = "cifar10-resnet20-w2a2-tempering"
 # Every CLI row could train: keep it short, in case a wrong use goes through.
 TINY = ("--set", "train.epochs=1", "--set", "float_train.epochs=1")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- models and batches ------------------------------------------------------------------------------------------

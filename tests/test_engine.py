@@ -7,8 +7,9 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,21 +35,16 @@ from qtemper.train import (
     fit,
 )
 from qtemper.train.engine import temperature
+from qtemper.train.metrics import MetricsLog
 from qtemper.train.optim import build_loss, build_optimizers, set_learning_rate
 from qtemper.train.state import TrainState, load_checkpoint, load_model, read_safetensors
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLASSES, BATCH = 4, 16
 STEPS = 4  # optimizer steps an epoch: 70 images, of which 6 are dropped
 EPOCHS = 3
 IMAGES = DataConfig(name="digits", source="embedded", normalization="half", padding=1, flip=True)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +171,8 @@ def test_writing_a_run_directory_changes_nothing(data: ImageData, tmp_path: Path
 
 # --- stop and resume ---------------------------------------------------------------------------------------------
 
-# The default rule, `correlation`; on this task Rademacher noise shows it a positive curvature within a few steps.
-TEMPERING = get_method("tempering", noise="rademacher", scale_on="both")
+# The default rule, `correlation`, on all tensors.
+TEMPERING = get_method("tempering", scale_on="both")
 RESUMED = {
     "tempering-sgd": (TEMPERING, OptimConfig(lr=0.1, quantizer_lr=0.01)),
     "tempering-adam": (TEMPERING, OptimConfig(optimizer="adam", lr=0.01, quantizer_lr=0.001)),
@@ -199,16 +195,11 @@ def uninterrupted(
     data: ImageData, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[dict[str, Tensor], list[dict[str, Any]], list[dict[str, Any]]]]:
     done = {}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     for name in RESUMED:
         method, settings = resumable(name)
         model, out = model_for(method), tmp_path_factory.mktemp("run")
         history = timeless(train(model, data, settings, out=out))
-        # Otherwise what follows would not show whether delta is restored.
-        assert method is None or any(float(q.rounding.delta()) > 0 for _, q in quantizers(model))
         done[name] = weights(model), history, timeless(lines(out))
-    torch.set_num_threads(threads)
     return done
 
 
@@ -230,6 +221,15 @@ def test_a_crash_in_the_second_epoch_resumes_to_the_bit(
     assert_same_bits(weights(model), expected[0])
     assert timeless(history) == expected[1]
     assert timeless(lines(tmp_path)) == expected[2]
+
+
+@pytest.mark.parametrize(("name", "key"), [("tempering-adam", "delta.averages"), ("ewgs-hessian", "delta.value")])
+def test_what_a_rule_has_learned_of_the_curvature_is_among_the_compared(
+    name: str, key: str, uninterrupted: dict[str, Any]
+) -> None:
+    found = [value for name, value in uninterrupted[name][0].items() if name.endswith(key)]
+    assert len(found) == 4  # two layers, weight and input
+    assert any(value.any() for value in found)
 
 
 # The first, an epoch's last, one within an epoch, the very last.
@@ -639,3 +639,18 @@ def test_the_state_round_trips_through_a_checkpoint(data: ImageData, tmp_path: P
     moments = state.optimizers[0].state_dict()["state"]
     assert moments
     assert all(float(entry["step"]) == STEPS for entry in moments.values())
+
+
+def test_tensorboard_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match=r"qtemper\[tensorboard\]"):
+        MetricsLog(tmp_path, tensorboard=True)
+    written = []
+    fake = types.SimpleNamespace(
+        SummaryWriter=lambda _directory: types.SimpleNamespace(
+            add_scalar=lambda *args: written.append(args), flush=lambda: None
+        )
+    )
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    MetricsLog(tmp_path, tensorboard=True).write(step=3, loss=0.5, temperature=None)
+    assert written == [("loss", 0.5, 3)]

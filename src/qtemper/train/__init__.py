@@ -1,7 +1,9 @@
 """The training engine: `fit`, its configuration, checkpoints."""
 
-from qtemper.train.engine import DivergedError, TrainConfig, TrainingInterrupted, evaluate, fit, train_step
+from qtemper.train.engine import TrainConfig, evaluate, fit, train_step
+from qtemper.train.metrics import DivergedError
 from qtemper.train.optim import LossConfig, OptimConfig
+from qtemper.train.signals import TrainingInterrupted
 
 __all__ = [
     "DivergedError",

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import math
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +16,10 @@ from qtemper.curvature import update_curvature
 from qtemper.data import NORMALIZATIONS, DataConfig, ImageData, Split, test_batches, train_batches
 from qtemper.quantizer import quantizers, set_progress
 from qtemper.train.allocator import keep_memory
+from qtemper.train.metrics import DivergedError, MetricsLog, RunningMetrics
 from qtemper.train.optim import Loss, LossConfig, OptimConfig, build_loss, build_optimizers, set_learning_rate
 from qtemper.train.progress import Display
+from qtemper.train.signals import TrainingInterrupted, stop_on_signal
 from qtemper.train.state import TrainState, load_checkpoint, save_checkpoint
 
 
@@ -39,6 +38,7 @@ class TrainConfig:
         evaluate_every: test accuracy every so many epochs (and after the last); 0 for the end only.
         checkpoint_every: a checkpoint every so many epochs (and after the last).
         log_every: optimizer steps between two lines of metrics.jsonl.
+        tensorboard: the same numbers for TensorBoard, too (extra `tensorboard`).
         curvature_every: epochs between Hessian estimates, for methods that ask for them; 0 for never.
         curvature_batches: batches per estimate.
         curvature_draws: Hutchinson draws per batch, at most.
@@ -54,6 +54,7 @@ class TrainConfig:
     evaluate_every: int = 1
     checkpoint_every: int = 1
     log_every: int = 50
+    tensorboard: bool = False
     curvature_every: int = 10
     curvature_batches: int = 3
     curvature_draws: int = 50
@@ -72,19 +73,6 @@ class TrainConfig:
         for name in ("evaluate_every", "curvature_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
-
-
-class TrainingInterrupted(Exception):  # noqa: N818 (an event, not an error)
-    """Ctrl-C or SIGTERM: training stopped after a step, and a checkpoint was written."""
-
-    def __init__(self, signum: int, step: int, checkpoint: Path | None) -> None:
-        where = f"checkpoint written to {checkpoint}" if checkpoint else "no run directory, so nothing was saved"
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; {where}.")
-        self.signum = signum
-
-
-class DivergedError(RuntimeError):
-    """The loss is not finite; nothing of that step was kept."""
 
 
 def train_step(
@@ -161,7 +149,7 @@ def fit(
     state = TrainState(
         model, build_optimizers(model, config.optim), config_hash=_config_hash(config, data_config, seed)
     )
-    log = MetricsLog(out)
+    log = MetricsLog(out, tensorboard=config.tensorboard)
     if resume and out is not None:
         for line in load_checkpoint(out / "checkpoints", state):
             print(line)
@@ -172,7 +160,7 @@ def fit(
     batches = _Batches(data, config, data_config, seed)
     with (
         Display(config.epochs, steps, config.batch_size, state.step, title) as display,
-        _stop_on_signal() as stopped,
+        stop_on_signal() as stopped,
     ):
         for epoch in range(state.step // steps, config.epochs):
             _train_epoch(epoch, state, forward, loss, batches, config, display, log, stopped, out)
@@ -224,7 +212,7 @@ def _train_epoch(
     device = next(state.model.parameters()).device
     steps = len(batches.data.train) // config.batch_size
     clip = _clipping(state.model, config.optim.clip_norm)
-    running = _Running(config.batch_size)
+    running = RunningMetrics(config.batch_size)
     for images, labels in batches.train(epoch, state.step % steps):
         progress = state.step / (steps * config.epochs)
         set_learning_rate(state.optimizers, config.optim.schedule(progress))
@@ -308,67 +296,6 @@ def temperature(model: nn.Module) -> float | None:
     return max(found) if found else None
 
 
-class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line. Without a directory it swallows everything."""
-
-    def __init__(self, directory: Path | None) -> None:
-        self.path = None if directory is None else directory / "metrics.jsonl"
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(self, **values: Any) -> None:
-        """Append a line."""
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
-
-    def truncate(self, step: int) -> None:
-        """Drop lines after `step`: a resumed run writes them again."""
-        if self.path is not None and self.path.exists():
-            lines = self.path.read_text(errors="replace").splitlines(keepends=True)
-            self.path.write_text("".join(line for line in lines if self._step(line) <= step))
-
-    @staticmethod
-    def _step(line: str) -> float:
-        """The step of a line; infinite for one that a crash left half-written."""
-        try:
-            return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-        except (ValueError, TypeError, KeyError):
-            return math.inf
-
-
-class _Running:
-    """Loss and accuracy since the last report and over the epoch, summed on the device."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.recent: list[tuple[Tensor, Tensor]] = []
-        self.totals = [0.0, 0.0, 0]
-
-    def add(self, loss: Tensor, correct: Tensor) -> None:
-        self.recent.append((loss, correct))
-
-    def take(self, step: int) -> tuple[float, float]:
-        count = len(self.recent)
-        loss = float(torch.stack([x for x, _ in self.recent]).sum())
-        correct = float(torch.stack([x for _, x in self.recent]).sum())
-        self.recent.clear()
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"the loss became NaN or infinite within {count} steps before step {step}; lower optim.lr or "
-                "optim.quantizer_lr, or set optim.clip_norm."
-            )
-        self.totals = [self.totals[0] + loss, self.totals[1] + correct, self.totals[2] + count]
-        return loss / count, 100 * correct / (count * self.batch_size)
-
-    def epoch(self, step: int) -> dict[str, float]:
-        if self.recent:
-            self.take(step)
-        loss, correct, count = self.totals
-        count = max(count, 1)
-        return {"train_loss": loss / count, "train_top1": 100 * correct / (count * self.batch_size)}
-
-
 def _advance(model: nn.Module, step: int, total: int) -> None:
     if any(True for _ in quantizers(model)):
         set_progress(model, step / total)
@@ -388,25 +315,3 @@ def _clipping(model: nn.Module, norm: float) -> Callable[[], None] | None:
 
 def _config_hash(*parts: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM so that training stops between two steps; a second SIGINT stops at once."""
-    received: list[int] = []
-
-    def remember(signum: int, _frame: object) -> None:
-        if received and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(signum)
-
-    try:
-        before = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: the application owns its signals
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -192,7 +192,7 @@ def _damage(path: Path) -> str | None:
             data = (path / name).read_bytes()
             if len(data) != manifest[name]["size"] or _sha256(data) != manifest[name]["sha256"]:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 

@@ -1,0 +1,105 @@
+"""What a training reports: running loss and accuracy, and `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class DivergedError(RuntimeError):
+    """The loss is not finite; nothing of that step was kept."""
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line. Without a directory it swallows everything.
+
+    Args:
+        directory: the run's.
+        tensorboard: write every number to TensorBoard, too, under `directory/tensorboard`.
+    """
+
+    def __init__(self, directory: Path | None, *, tensorboard: bool = False) -> None:
+        self.path = None if directory is None else directory / "metrics.jsonl"
+        self.board: Any = None
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+            self.board = _tensorboard(directory / "tensorboard") if tensorboard else None
+
+    def write(self, **values: Any) -> None:
+        """Append a line; `step` is among the values."""
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+        if self.board is not None:
+            for name, value in values.items():
+                if name != "step" and isinstance(value, int | float):
+                    self.board.add_scalar(name, value, values["step"])
+            self.board.flush()
+
+    def truncate(self, step: int) -> None:
+        """Drop lines after `step`: a resumed run writes them again."""
+        if self.path is not None and self.path.exists():
+            lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+            self.path.write_text("".join(line for line in lines if self._step(line) <= step))
+
+    @staticmethod
+    def _step(line: str) -> float:
+        """The step of a line; infinite for one that a crash left half-written."""
+        try:
+            return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+        except (ValueError, TypeError, KeyError):
+            return math.inf
+
+
+def _tensorboard(directory: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ModuleNotFoundError(
+            "train.tensorboard needs tensorboard: pip install 'qtemper[tensorboard]'", name="tensorboard"
+        ) from None
+    return SummaryWriter(str(directory))
+
+
+class RunningMetrics:
+    """Loss and accuracy since the last report and over the epoch, summed on the device."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.recent: list[tuple[Tensor, Tensor]] = []
+        self.totals = [0.0, 0.0, 0]
+
+    def add(self, loss: Tensor, correct: Tensor) -> None:
+        """Take one step's loss and number of correct predictions, without waiting for the device."""
+        self.recent.append((loss, correct))
+
+    def take(self, step: int) -> tuple[float, float]:
+        """Mean loss and top-1 in percent since the last call.
+
+        Raises:
+            DivergedError: the loss is not finite.
+        """
+        count = len(self.recent)
+        loss = float(torch.stack([x for x, _ in self.recent]).sum())
+        correct = float(torch.stack([x for _, x in self.recent]).sum())
+        self.recent.clear()
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"the loss became NaN or infinite within {count} steps before step {step}; lower optim.lr or "
+                "optim.quantizer_lr, or set optim.clip_norm."
+            )
+        self.totals = [self.totals[0] + loss, self.totals[1] + correct, self.totals[2] + count]
+        return loss / count, 100 * correct / (count * self.batch_size)
+
+    def epoch(self, step: int) -> dict[str, float]:
+        """Mean loss and top-1 since construction."""
+        if self.recent:
+            self.take(step)
+        loss, correct, count = self.totals
+        count = max(count, 1)
+        return {"train_loss": loss / count, "train_top1": 100 * correct / (count * self.batch_size)}
