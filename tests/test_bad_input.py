@@ -434,6 +434,11 @@ COMMAND: list[Row] = [
     ("set-unknown-choice", setting("train.precision=fp8"), ("train.precision", "float32, bf16", "'fp8'")),
     ("set-bits-9", setting("policy.weight=9"), ("weight", "1 to 8", "got 9")),
     (
+        "set-all-float",
+        train("--set", "policy.weight=32", "--set", "policy.activation=32"),
+        ("every layer in float", "policy.weight", "1 to 8"),
+    ),
+    (
         "set-correlation-on-grid",
         setting("method.noise=on_grid"),
         ("method", "zero-mean", "delta_rule='hessian'"),

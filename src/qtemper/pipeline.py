@@ -17,6 +17,7 @@ from qtemper.data.images import Split, epoch_order
 from qtemper.errors import CheckpointError, ConfigError
 from qtemper.models import build
 from qtemper.prepare import prepare
+from qtemper.quantizer import quantizers
 from qtemper.run import RunDir
 from qtemper.train import evaluate, fit
 from qtemper.train.state import load_model, load_strictly, read_safetensors
@@ -71,7 +72,11 @@ def train(
             if not torch.isfinite(tensor).all():
                 raise CheckpointError(f"{name} in {init} has NaN or infinite values; give sound weights.")
     if experiment.method is not None:
-        prepare(copy.deepcopy(model), experiment.method, experiment.policy)  # what is wrong shows now
+        trial = prepare(copy.deepcopy(model), experiment.method, experiment.policy)  # what is wrong shows now
+        if not any(True for _ in quantizers(trial)):
+            raise ConfigError(
+                "the policy leaves every layer in float; set policy.weight or policy.activation to 1 to 8."
+            )
     images = load(experiment.data, data)
     _check_fit(experiment, images)
     if not resume:
