@@ -44,6 +44,7 @@ class Train:
         from qtemper.config import override, to_json
         from qtemper.recipes import get_recipe
         from qtemper.run import RunDir
+        from qtemper.train import TrainingInterrupted
 
         experiment = override(get_recipe(self.recipe), list(self.assignments))
         if self.resume:
@@ -57,8 +58,11 @@ class Train:
                 )
         else:
             run = RunDir(self.out) if self.out is not None else RunDir.dated(experiment.name)
-        print(f"run directory: {run.path}")
-        result = pipeline.train(experiment, run, data=self.data, init=self.init, resume=self.resume)
+        try:
+            result = pipeline.train(experiment, run, data=self.data, init=self.init, resume=self.resume)
+        except TrainingInterrupted as stop:
+            print(f"{stop} Continue with the same command and --out {run.path} --resume.", file=sys.stderr)
+            sys.exit(128 + stop.signum)
         print_result(result)
         print(f"results are in {run.path}")
 
@@ -122,7 +126,7 @@ def print_result(result: dict[str, object]) -> None:
 
 def main() -> None:
     """Entry point: parse, run, and turn every bad input into one line and exit code 2."""
-    from qtemper.train import TrainingInterrupted
+    from qtemper.train import DivergedError
 
     command = tyro.extras.subcommand_cli_from_dict(
         {"train": Train, "evaluate": Evaluate, "recipes": Recipes},
@@ -131,18 +135,10 @@ def main() -> None:
     )
     try:
         command.run()
-    except TrainingInterrupted as stop:
-        print(f"{stop} Continue with the same command and --out RUN --resume.", file=sys.stderr)
-        sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
+        print("qtemper: stopped by SIGINT.", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, RuntimeError, ModuleNotFoundError) as error:
-        if (
-            not isinstance(error, ValueError)
-            and not type(error).__module__.startswith("qtemper")
-            and not isinstance(error, ModuleNotFoundError)
-        ):
-            raise
+    except (ValueError, DivergedError, ModuleNotFoundError) as error:
         print(f"qtemper: {error}", file=sys.stderr)
         sys.exit(2)
 

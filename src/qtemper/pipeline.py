@@ -81,6 +81,7 @@ def train(
     _check_fit(experiment, images)
     if not resume:
         run.create(experiment, data)
+    print(f"run directory: {run.path}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = _train(experiment, run, model.to(device), images.to(device), init is not None, resume)
     run.write_final(model, experiment)

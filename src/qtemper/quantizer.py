@@ -10,6 +10,7 @@ in the package:
 from __future__ import annotations
 
 import math
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -231,6 +232,13 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for key, hint in typing.get_type_hints(type(self)).items():
+            allowed = typing.get_args(hint)
+            if typing.get_origin(hint) is Literal and getattr(self, key) not in allowed:
+                choices = ", ".join(repr(a) for a in allowed)
+                raise ValueError(f"{self.name}.{key} must be one of {choices}, got {getattr(self, key)!r}.")
 
     @abstractmethod
     def grid(self, kind: TensorKind, spec: QuantSpec, num_channels: int) -> Grid:

@@ -218,6 +218,7 @@ class NoiseTempering(Method):
     scale_on: Literal["both", "weights", "activations", "none"] = "weights"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.scale_on != "none":
             if self.delta_rule == "correlation" and self.noise not in ZERO_MEAN:
                 raise ValueError(

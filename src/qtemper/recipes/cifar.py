@@ -21,11 +21,11 @@ BITS = ("W1A1", "W2A2", "W3A3", "W4A4", "W1A32")
 
 
 def float_training(data: DataName) -> Experiment:
-    """EWGS's float network: 400 epochs, SGD 0.1, cosine, weight decay 1e-4, batch 256."""
+    """EWGS's float network: 400 epochs, SGD 0.1, cosine, weight decay 1e-4, batch 256, BN before the head."""
     return Experiment(
         name=f"{data}-resnet20-float",
         data=DataConfig(name=data, normalization=data),
-        model=ModelConfig(num_classes=10 if data == "cifar10" else 100),
+        model=_ewgs_model(data),
         train=TrainConfig(
             epochs=400, batch_size=256, optim=OptimConfig(lr=0.1, weight_decay=1e-4), checkpoint_every=10
         ),
@@ -65,8 +65,8 @@ def ewgs(data: DataName, bits: str, method: str) -> Experiment:
     return Experiment(
         name=f"{data}-resnet20-{bits.lower()}-{method}-400ep",
         data=DataConfig(name=data, normalization=data),
-        model=ModelConfig(num_classes=10 if data == "cifar10" else 100),
-        method=get_method(method),
+        model=_ewgs_model(data),
+        method=get_method("ewgs", rule="hessian") if method == "ewgs" else get_method(method),
         policy=BitPolicy.parse(bits),
         train=TrainConfig(
             epochs=400,
@@ -76,6 +76,10 @@ def ewgs(data: DataName, bits: str, method: str) -> Experiment:
             checkpoint_every=10,
         ),
     )
+
+
+def _ewgs_model(data: DataName) -> ModelConfig:
+    return ModelConfig(num_classes=10 if data == "cifar10" else 100, bn_before_classifier=True)
 
 
 def _recipes() -> dict[str, partial[Experiment]]:

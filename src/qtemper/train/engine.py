@@ -212,7 +212,7 @@ def _train_epoch(
     device = next(state.model.parameters()).device
     steps = len(batches.data.train) // config.batch_size
     clip = _clipping(state.model, config.optim.clip_norm)
-    running = RunningMetrics(config.batch_size)
+    running = RunningMetrics(config.batch_size, state.totals)
     for images, labels in batches.train(epoch, state.step % steps):
         progress = state.step / (steps * config.epochs)
         set_learning_rate(state.optimizers, config.optim.schedule(progress))
@@ -226,6 +226,8 @@ def _train_epoch(
             rate = state.optimizers[0].param_groups[0]["lr"]
             log.write(step=state.step, loss=value, top1=top1, temperature=heat, lr=rate)
             display.step(state.step, value, top1, heat)
+        if stopped and running.recent:
+            running.take(state.step)  # a checkpoint keeps the epoch's sums
         # After an epoch's last step `fit` stops, when the epoch is evaluated and in the history.
         if stopped and state.step % steps:
             raise TrainingInterrupted(stopped[0], state.step, _checkpoint(state, out))

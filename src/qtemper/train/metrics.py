@@ -67,12 +67,17 @@ def _tensorboard(directory: Path) -> Any:
 
 
 class RunningMetrics:
-    """Loss and accuracy since the last report and over the epoch, summed on the device."""
+    """Loss and accuracy since the last report and over the epoch, summed on the device.
 
-    def __init__(self, batch_size: int) -> None:
+    Args:
+        batch_size: images a step.
+        totals: sums of the epoch (loss, correct predictions, steps), which a checkpoint keeps.
+    """
+
+    def __init__(self, batch_size: int, totals: list[float]) -> None:
         self.batch_size = batch_size
         self.recent: list[tuple[Tensor, Tensor]] = []
-        self.totals = [0.0, 0.0, 0]
+        self.totals = totals
 
     def add(self, loss: Tensor, correct: Tensor) -> None:
         """Take one step's loss and number of correct predictions, without waiting for the device."""
@@ -93,13 +98,14 @@ class RunningMetrics:
                 f"the loss became NaN or infinite within {count} steps before step {step}; lower optim.lr or "
                 "optim.quantizer_lr, or set optim.clip_norm."
             )
-        self.totals = [self.totals[0] + loss, self.totals[1] + correct, self.totals[2] + count]
+        self.totals[:] = [self.totals[0] + loss, self.totals[1] + correct, self.totals[2] + count]
         return loss / count, 100 * correct / (count * self.batch_size)
 
     def epoch(self, step: int) -> dict[str, float]:
-        """Mean loss and top-1 since construction."""
+        """Mean loss and top-1 of the epoch, whose sums start again."""
         if self.recent:
             self.take(step)
         loss, correct, count = self.totals
         count = max(count, 1)
+        self.totals[:] = [0.0, 0.0, 0.0]
         return {"train_loss": loss / count, "train_top1": 100 * correct / (count * self.batch_size)}

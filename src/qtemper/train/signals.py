@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 class TrainingInterrupted(Exception):  # noqa: N818 (an event, not an error)
-    """Ctrl-C or SIGTERM: training stopped after a step, and a checkpoint was written."""
+    """Ctrl-C or SIGTERM: training stopped after a step, and a checkpoint was written where there is a place for it."""
 
     def __init__(self, signum: int, step: int, checkpoint: Path | None) -> None:
-        where = f"checkpoint written to {checkpoint}" if checkpoint else "no run directory, so nothing was saved"
+        where = f"checkpoint written to {checkpoint}" if checkpoint else "nothing was saved of this part"
         super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; {where}.")
         self.signum = signum
 

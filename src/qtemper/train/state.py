@@ -38,6 +38,7 @@ class TrainState:
         step: optimizer steps done.
         config_hash: of the training's configuration; a checkpoint of another one is refused.
         history: metrics of the epochs done.
+        totals: sums of the epoch under way: loss, correct predictions, steps.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class TrainState:
     step: int = 0
     config_hash: str = ""
     history: list[dict[str, Any]] = field(default_factory=list)
+    totals: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
 
 
 def save_checkpoint(directory: Path, state: TrainState) -> Path:
@@ -64,6 +66,7 @@ def save_checkpoint(directory: Path, state: TrainState) -> Path:
         "step": state.step,
         "config_hash": state.config_hash,
         "history": state.history,
+        "totals": state.totals,
         "param_groups": groups,
         "python_random": random.getstate(),
         "numpy_random": _numpy_state(),
@@ -151,6 +154,7 @@ def _restore(path: Path, state: TrainState) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002 (the state users' code has)
     state.step = document["step"]
     state.history[:] = document["history"]
+    state.totals[:] = document["totals"]
 
 
 def _numpy_state() -> list[Any]:
