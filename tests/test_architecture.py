@@ -16,7 +16,7 @@ SOURCE = Path(qtemper.__file__).parent
 
 # Each module may import from its own row and from the rows above it.
 LAYERS = [
-    {"errors", "functional", "schedules"},
+    {"errors", "functional", "counter", "schedules"},
     {"quantizer"},
     {"methods", "layers"},
     {"prepare", "calibrate", "curvature", "models", "data"},

@@ -391,7 +391,7 @@ CALIBRATE: list[Row] = [
         ("'msee'", "mse, percentile"),
     ),
     ("calibrate-float-model", lambda tmp: lambda: calibrate(net(), [batch()]), ("no quantizers", "prepare")),
-    ("forward-before-calibrate", lambda tmp: lambda: prepared()(batch()), ("0.act_quantizer", "calibrate")),
+    ("forward-before-calibrate", lambda tmp: lambda: prepared()(batch()), ("0.weight_quantizer", "calibrate")),
     (
         "progress-above-1",
         lambda tmp: lambda: set_progress(prepared(), 1.5),

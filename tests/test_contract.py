@@ -164,6 +164,21 @@ def test_gradient_matches_a_finite_difference_of_itself(method, kind):
         torch.testing.assert_close(analytic[which], numeric, rtol=1e-5, atol=1e-6)
 
 
+def test_the_input_gradient_does_not_depend_on_the_step(method):
+    """Inside the range dL/dx is a function of the gradient and the error; its derivative by the step must say so."""
+    quantizer = build(method, "weight", 4).double()
+    parameters = list(quantizer.grid.parameters())
+    if method == "ste":
+        assert not parameters
+        return
+    quantizer.eval()  # without noise and scaling: dL/dx = g
+    x = sample("weight", torch.float64).requires_grad_()
+    g = torch.ones_like(x, requires_grad=True)
+    (dx,) = torch.autograd.grad(quantizer(x), x, g, create_graph=True)
+    mixed = torch.autograd.grad(dx.square().sum(), parameters, allow_unused=True, materialize_grads=True)
+    assert all(torch.equal(m, torch.zeros_like(m)) for m in mixed)
+
+
 def small_network():
     torch.manual_seed(0)
     return nn.Sequential(
@@ -207,6 +222,35 @@ def test_float_state_dict_loads_strictly_and_a_quantized_one_too(method):
     model.load_state_dict(small_network().state_dict())
     with pytest.raises(qtemper.NotCalibratedError):
         model(batch())
+
+
+def test_a_checkpoint_of_other_bits_is_refused(method):
+    source, target = prepared(method, "W8A8"), prepared(method, "W2A2")
+    with pytest.raises(RuntimeError, match="not those of 2 bits"):
+        target.load_state_dict(source.state_dict())
+
+
+def test_a_prepared_model_can_be_wrapped_before_calibration(method):
+    model = qtemper.prepare(small_network(), method, "W2A2")
+    qtemper.calibrate(nn.ModuleDict({"backbone": model}), [batch()], forward=lambda m, x: m["backbone"](x))
+    model(batch())
+
+
+def test_weights_can_be_read_and_set_before_calibration(method):
+    model = qtemper.prepare(small_network(), method, "W2A2")
+    layer = model[3]
+    assert torch.equal(layer.weight, layer.latent_weight)
+    layer.weight = nn.Parameter(torch.ones_like(layer.weight))
+    assert torch.equal(layer.latent_weight, torch.ones_like(layer.weight))
+
+
+@pytest.mark.slow
+def test_compiles_with_dynamic_shapes(method):
+    torch._dynamo.reset()
+    model = prepared(method)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (8, 5, 3):
+        compiled(batch()[:size]).sum().backward()
 
 
 def test_model_survives_deepcopy_and_torch_save(method):

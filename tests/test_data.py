@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from qtemper import data
+from qtemper.counter import counter_uniform, derive_key
 from qtemper.data import DataConfig, DataError, ImageData, Split, cifar, images
-from qtemper.functional import counter_uniform, derive_key
 
 # --- batches ------------------------------------------------------------------------------------------------
 

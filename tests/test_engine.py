@@ -70,7 +70,7 @@ def float_model(seed: int = 0) -> nn.Module:
 def model_for(method: Method | str | None, seed: int = 0) -> nn.Module:
     model = float_model(seed)
     if method is not None:
-        prepare(model, method, BitPolicy(2, 2), seed=seed)
+        prepare(model, method, BitPolicy(2, 2))  # the noise's seed is the experiment's: a resumed run has the same
         calibrate(model, [torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(1))])
     return model
 
@@ -484,10 +484,8 @@ def test_quantizer_parameters_have_their_own_rate_and_no_weight_decay(second: An
     assert (weight_group["lr"], weight_group["weight_decay"]) == (0.1, 1e-2)
     assert (quantizer_group["lr"], quantizer_group["weight_decay"]) == (0.03, 0.0)
     steps = {id(p) for name, p in model.named_parameters() if name.endswith("grid.step")}
-    probes = {id(p) for _, q in quantizers(model) for p in q.rounding.probes()}
     assert {id(p) for p in quantizer_group["params"]} == steps
-    assert {id(p) for p in weight_group["params"]} == {id(p) for p in model.parameters()} - steps - probes
-    assert probes
+    assert {id(p) for p in weight_group["params"]} == {id(p) for p in model.parameters()} - steps
 
 
 def test_without_a_gradient_weight_decay_moves_weights_but_no_quantizer() -> None:

@@ -178,7 +178,7 @@ class TestPolicy:
 def test_noise_streams_differ_by_quantizer_and_seed():
     def keys(seed):
         model = qtemper.prepare(network(), "tempering", BitPolicy(2, 2, "same"), seed=seed)
-        return [tuple(v.tolist()) for k, v in model.state_dict().items() if k.endswith("noise.key")]
+        return [tuple(v.tolist()) for k, v in model.named_buffers() if k.endswith("noise.key")]
 
     first, second = keys(0), keys(1)
     assert len(set(first)) == len(first) == 6

@@ -26,8 +26,8 @@ OBSERVERS: tuple[Observer, ...] = ("mse", "percentile", "max", "lsq")
 PERCENTILE = 99.99
 """Share of the magnitudes, in percent, that `percentile` keeps unclipped."""
 
-SAMPLES_PER_BATCH = 2**16
-"""Elements that each activation quantizer keeps of each batch: enough for a scale, little enough for memory."""
+SAMPLES_PER_BATCH, SAMPLES = 2**16, 2**20
+"""Elements that a quantizer keeps of each batch, and in all: enough for a scale, little enough for memory."""
 
 
 def calibrate(
@@ -62,18 +62,14 @@ def calibrate(
     if not any(True for _ in quantizers(model)):
         raise ValueError("the model has no quantizers; call qtemper.prepare(model, method, policy) first.")
     run = forward or _default_forward
-    kept = list(batches)
-    if not kept:
-        raise CalibrationError("calibrate got no batches; pass at least one batch of inputs (a consumed iterator?).")
-    found = _observe_weights(model) | _observe_activations(model, kept, run)
-    settings = {}
-    for name, quantizer in quantizers(model):
-        settings[name] = _fit(name, quantizer.spec, found[name], observer)
-    for name, quantizer in quantizers(model):
-        levels, scale = settings[name]
+    if batch_norm:
+        batches = list(batches)
+    found = _observe_weights(model) | _observe_activations(model, batches, run)
+    settings = [(q, _fit(name, q.spec, found[q], observer)) for name, q in quantizers(model)]
+    for quantizer, (levels, scale) in settings:
         quantizer.grid.initialize(levels, scale)
     if batch_norm:
-        reestimate_batch_norm(model, kept, forward=run)
+        reestimate_batch_norm(model, batches, forward=run)
     return model
 
 
@@ -96,8 +92,14 @@ def reestimate_batch_norm(
     """Replace batch-norm running statistics by the plain average over `batches` in the quantized network.
 
     Only batch-norm layers run in training mode meanwhile; everything else, noise included, in eval mode.
+
+    Raises:
+        CalibrationError: no batches; the statistics stay as they were.
     """
     run = forward or _default_forward
+    batches = list(batches)
+    if not batches:
+        raise CalibrationError("reestimate_batch_norm got no batches; pass at least one (a consumed iterator?).")
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     modes = {module: module.training for module in model.modules()}
@@ -130,82 +132,87 @@ def _to_device(batch: Any, model: nn.Module) -> Any:
     if isinstance(batch, dict):
         return {key: _to_device(value, model) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(_to_device(value, model) for value in batch)
+        moved = [_to_device(value, model) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch
 
 
 class _Sample:
     """A bounded sample of a tensor seen in pieces, with the exact extremes; rows are channels, or one row."""
 
-    def __init__(self, spec: QuantSpec) -> None:
-        self.axis = spec.channel_axis
+    def __init__(self, spec: QuantSpec, limit: int = SAMPLES) -> None:
+        self.axis, self.limit = spec.channel_axis, limit
         self.pieces: list[Tensor] = []
-        self.minimum = math.inf
-        self.maximum = -math.inf
+        self.low = self.high = torch.tensor(())  # by row
 
-    def add(self, x: Tensor, limit: int | None = None) -> None:
-        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    def add(self, x: Tensor) -> None:
         if x.numel() == 0:
             return
-        # torch's minimum and maximum propagate NaN, Python's do not.
-        low, high = x.aminmax()
-        self.minimum = float(torch.tensor(self.minimum, dtype=x.dtype).minimum(low.cpu()))
-        self.maximum = float(torch.tensor(self.maximum, dtype=x.dtype).maximum(high.cpu()))
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         rows = x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).reshape(x.shape[self.axis], -1)
-        if limit is not None and rows.numel() > limit:
-            # A stride that is coprime to the usual image sizes walks over all positions and channels.
-            keep = max(1, limit // rows.shape[0])
-            index = (torch.arange(keep, device=rows.device) * _coprime_stride(rows.shape[1], keep)) % rows.shape[1]
-            rows = rows[:, index]
+        low, high = (extreme.cpu() for extreme in rows.aminmax(dim=1))
+        # torch's minimum and maximum propagate NaN, Python's do not.
+        self.low = torch.minimum(self.low, low) if self.low.numel() else low
+        self.high = torch.maximum(self.high, high) if self.high.numel() else high
+        room = min(self.limit, SAMPLES - sum(piece.numel() for piece in self.pieces)) // rows.shape[0]
+        if self.pieces and room < 1:
+            return
+        if rows.shape[1] > room >= 1:
+            # A stride near the golden ratio spreads any number of samples evenly over positions and channels.
+            index = torch.arange(room, device=rows.device) * _coprime_stride(rows.shape[1])
+            rows = rows[:, index % rows.shape[1]]
         self.pieces.append(rows.cpu())
 
     def rows(self) -> Tensor:
-        return torch.cat(self.pieces, dim=1)
+        """Samples, and each row's exact extremes as its last two."""
+        return torch.cat([*self.pieces, self.low[:, None], self.high[:, None]], dim=1)
 
 
-def _coprime_stride(length: int, keep: int) -> int:
-    stride = max(1, length // keep)
+def _coprime_stride(length: int) -> int:
+    stride = max(1, int(0.618 * length))
     while math.gcd(stride, length) != 1:
         stride += 1
     return stride
 
 
-def _observe_weights(model: nn.Module) -> dict[str, _Sample]:
+def _observe_weights(model: nn.Module) -> dict[Quantizer, _Sample]:
     found = {}
     for layer in model.modules():
         if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None:
-            sample = _Sample(layer.weight_quantizer.spec)
+            sample = found[layer.weight_quantizer] = _Sample(layer.weight_quantizer.spec)
             sample.add(layer.latent_weight)
-            found[layer.weight_quantizer.name] = sample
     return found
 
 
 def _observe_activations(
-    model: nn.Module, batches: list[Any], run: Callable[[nn.Module, Any], Any]
-) -> dict[str, _Sample]:
-    targets = [
-        layer.act_quantizer
+    model: nn.Module, batches: Iterable[Any], run: Callable[[nn.Module, Any], Any]
+) -> dict[Quantizer, _Sample]:
+    samples = {
+        layer.act_quantizer: _Sample(layer.act_quantizer.spec, SAMPLES_PER_BATCH)
         for layer in model.modules()
         if isinstance(layer, QuantLayer) and layer.act_quantizer is not None
-    ]
-    samples = {quantizer.name: _Sample(quantizer.spec) for quantizer in targets}
+    }
 
     def keep(quantizer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(quantizer, Quantizer)
-        samples[quantizer.name].add(inputs[0], SAMPLES_PER_BATCH)
+        samples[quantizer].add(inputs[0])
 
-    hooks = [quantizer.register_forward_pre_hook(keep) for quantizer in targets]
+    hooks = [quantizer.register_forward_pre_hook(keep) for quantizer in samples]
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    seen = 0
     try:
         with float_mode(model), torch.no_grad():
             for batch in batches:
+                seen += 1
                 run(model, _to_device(batch, model))
     finally:
         for hook in hooks:
             hook.remove()
         for module, mode in modes.items():
             module.training = mode
+    if not seen:
+        raise CalibrationError("calibrate got no batches; pass at least one batch of inputs (a consumed iterator?).")
     return samples
 
 
@@ -218,7 +225,7 @@ def _fit(name: str, spec: QuantSpec, sample: _Sample, observer: Observer) -> tup
         raise CalibrationError(
             f"{what} was never seen: no batch reached the layer, or empty ones did; pass batches that do, {way_out}."
         )
-    low, high = sample.minimum, sample.maximum
+    low, high = float(sample.low.min()), float(sample.high.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise CalibrationError(f"{what} has NaN or infinite values; check the weights before it and the batches.")
     if low == high == 0:
@@ -285,8 +292,8 @@ def _mse_scale(rows: Tensor, codes: CodeRange, outermost: Tensor) -> Tensor:
             out.append((x_hat - rows).square().mean(dim=1))
         return torch.stack(out, dim=1)
 
-    coarse = torch.logspace(math.log10(0.02), math.log10(1.25), 48, dtype=rows.dtype)
+    coarse = torch.logspace(-3, math.log10(1.25), 64, dtype=rows.dtype)
     best = coarse[errors(coarse.expand(rows.shape[0], -1)).argmin(dim=1)]
-    fine = best[:, None] * torch.linspace(0.92, 1.08, 17, dtype=rows.dtype)
+    fine = best[:, None] * torch.linspace(0.9, 1.12, 23, dtype=rows.dtype)
     best = fine.gather(1, errors(fine).argmin(dim=1, keepdim=True))[:, 0]
     return outermost * best

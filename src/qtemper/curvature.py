@@ -98,9 +98,9 @@ def _one_batch(
     tensors = [out for _, out in flat]
     # One bin of each tensor: derivatives per bin are derivatives per unit times this.
     bins = [targets[name].grid.scale(out).detach() for name, out in flat]
-    gradients = torch.autograd.grad(value, tensors, create_graph=True)
+    gradients = torch.autograd.grad(value, tensors, create_graph=True, allow_unused=True, materialize_grads=True)
     total = dict.fromkeys(targets, 0.0)
-    previous = dict(total)
+    previous = means = dict(total)
     for draw in range(1, max_draws + 1):
         signs = [_rademacher(out, generator) for out in tensors]
         products = torch.autograd.grad(
@@ -120,7 +120,7 @@ def _one_batch(
     stds: dict[str, list[Tensor]] = {name: [] for name in targets}
     for (name, _), gradient, b in zip(flat, gradients, bins, strict=True):
         stds[name].append((gradient.detach() * b).reshape(-1))
-    return [(previous[n], float(torch.cat(stds[n]).std(correction=0))) for n in targets]
+    return [(means[n], float(torch.cat(stds[n]).std(correction=0))) for n in targets]
 
 
 def _rademacher(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pure maths of fake quantization: ranges, encode and decode, rounding gradients, counter-based noise.
+"""Pure maths of fake quantization: ranges, encode and decode, and the gradients of rounding.
 
 Symbols, used with the same meaning in the whole package:
 
@@ -17,7 +17,6 @@ Every function here accepts any shape and float dtype unless it says otherwise.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -120,6 +119,11 @@ def replace_value(path: Tensor, value: Tensor) -> Tensor:
     return _apply(_ReplaceValue, path, value)
 
 
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """Forward `x`, backward `g * factor`."""
+    return replace_value(x * factor, x.detach())
+
+
 class _ElementwiseGradientScaling(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -173,7 +177,8 @@ class _DecodeLearnedStep(torch.autograd.Function):
         value, v, scale = ctx.saved_tensors
         inside = (v > ctx.qmin) & (v < ctx.qmax)
         residual = value - torch.where(inside, v, ctx.zero_point)
-        return grad * scale, None, _sum_to(grad * residual, scale.shape), None, None, None
+        # Detached: x / s in `encode` has a detached s, and dL/dx as a whole does not depend on s.
+        return grad * scale.detach(), None, _sum_to(grad * residual, scale.shape), None, None, None
 
 
 def decode_learned_step(value: Tensor, v: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
@@ -195,80 +200,44 @@ def decode_learned_step(value: Tensor, v: Tensor, scale: Tensor, codes: CodeRang
     return _apply(_DecodeLearnedStep, value, v, scale, *codes)
 
 
-class _ScaleGradient(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, factor: float) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.factor = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None
-
-
-def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """Forward `x`, backward `g * factor`."""
-    return _apply(_ScaleGradient, x, factor)
-
-
-class _Positive(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, floor: float) -> Tensor:
-        return x.clamp_min(floor)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-def positive(x: Tensor, floor: float = SCALE_FLOOR) -> Tensor:
-    """`max(x, floor)`; the gradient passes even below the floor, so that a step can come back up."""
-    return _apply(_Positive, x, floor)
+def positive(x: Tensor) -> Tensor:
+    """`max(x, SCALE_FLOOR)`; the gradient passes even below the floor, so that a step can come back up."""
+    return replace_value(x, x.detach().clamp_min(max(SCALE_FLOOR, torch.finfo(x.dtype).tiny)))
 
 
 class _ProbeCurvature(torch.autograd.Function):
     @staticmethod
-    def forward(value: Tensor, noise: Tensor, probe: Tensor) -> Tensor:
+    def forward(value: Tensor, noise: Tensor, sums: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(inputs[1])
+        ctx.sums = inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (noise,) = ctx.saved_tensors
-        g = grad.detach()
-        ones = torch.ones((), dtype=g.dtype, device=g.device) * g.numel()
-        sums = [(g * noise).sum(), (noise * noise).sum(), g.sum(), (g * g).sum(), ones]
-        return grad, None, torch.stack(sums)
+        g = grad.detach().to(torch.float32)
+        noise = noise.to(torch.float32)
+        count = torch.full((), float(g.numel()), device=g.device)
+        ctx.sums.add_(torch.stack([(g * noise).sum(), (noise * noise).sum(), g.sum(), (g * g).sum(), count]))
+        return grad, None, None
 
 
-def probe_curvature(value: Tensor, noise: Tensor, probe: Tensor) -> Tensor:
-    """Forward `value`, backward `g`; `probe.grad` collects what the injected noise says of the curvature.
+def probe_curvature(value: Tensor, noise: Tensor, sums: Tensor) -> Tensor:
+    """Forward `value`, backward `g`; the backward pass adds to `sums` what the noise says of the curvature.
 
     With zero-mean noise eta added to a point, `sum(g * eta) / sum(eta^2)` estimates the mean diagonal of the
-    Hessian there without bias (to second order). The sums travel as the gradient of a parameter that enters no
-    forward value: that works under torch.compile, gradient accumulation and DistributedDataParallel alike.
+    Hessian there without bias (to second order).
 
     Args:
         value: noisy position, in bins.
         noise: the noise in `value`, same shape, in bins.
-        probe: parameter of shape (5,); its gradient becomes
+        sums: float32 buffer, shape (5,), to which the backward pass adds
             `[sum g*noise, sum noise^2, sum g, sum g^2, number of elements]`.
     """
-    return _apply(_ProbeCurvature, value, noise, probe)
+    return _apply(_ProbeCurvature, value, noise, sums)
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
@@ -283,76 +252,3 @@ def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
         return x.sum()
     dims = [i for i in range(x.dim()) if shape[i] == 1 and x.shape[i] != 1]
     return x.sum(dims, keepdim=True) if dims else x
-
-
-# --- counter-based noise -------------------------------------------------------------------------------------
-
-_MASK64 = (1 << 64) - 1
-
-
-def derive_key(*words: int) -> tuple[int, int]:
-    """Hash integers (seed, step, quantizer, ...) into two independent signed 32-bit keys.
-
-    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) absorbs one word after the other.
-    """
-    state = 0x9E3779B97F4A7C15
-    for word in words:
-        state = _splitmix64(state ^ (word & _MASK64))
-    low, high = state & 0xFFFFFFFF, state >> 32
-    return _signed32(low), _signed32(high)
-
-
-def _splitmix64(z: int) -> int:
-    z = (z + 0x9E3779B97F4A7C15) & _MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return z ^ (z >> 31)
-
-
-def _signed32(word: int) -> int:
-    return word - (1 << 32) if word >= 1 << 31 else word
-
-
-def counter_bits(index: Tensor, key: Tensor) -> Tensor:
-    """32 pseudo-random bits for every counter value: a pure function, no generator state.
-
-    C. Wellons' three-round `triple32` mixer, with one key word xor-ed in before the first round and the other added
-    after it, so that streams of different keys are not shifts or permutations of one another. (His two-round mixer
-    is cheaper but correlates elements 4,096 apart at up to 58 standard errors in 2**22 draws.) Not for cryptography.
-
-    Args:
-        index: int32 counters, any shape (an element's index in its tensor, or an image's in its data set).
-        key: int32, shape (2,), from `derive_key`.
-
-    Returns:
-        int32, shape of `index`.
-    """
-    h = index ^ key[0]
-    h = (h ^ _shift_right(h, 17)) * _signed32(0xED5AD4BB)
-    h = h + key[1]
-    h = (h ^ _shift_right(h, 11)) * _signed32(0xAC4C1B51)
-    h = (h ^ _shift_right(h, 15)) * _signed32(0x31848BAB)
-    return h ^ _shift_right(h, 14)
-
-
-def _shift_right(h: Tensor, bits: int) -> Tensor:
-    """Logical shift of int32 (torch's own is arithmetic)."""
-    return (h >> bits) & ((1 << (32 - bits)) - 1)
-
-
-def counter_uniform(index: Tensor, key: Tensor) -> Tensor:
-    """Uniform float32 in (0, 1), a pure function of `index` and `key` (see `counter_bits`).
-
-    23 bits and a half: every value is exact in float32, 0 and 1 never occur, the distribution is symmetric.
-    """
-    return (_shift_right(counter_bits(index, key), 9).to(torch.float32) + 0.5) * 2.0**-23
-
-
-def element_index(x: Tensor) -> Tensor:
-    """Index of each element of `x` in row-major order, int32, shape of `x`; the memory format does not matter."""
-    return torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
-
-
-def gaussian_from_uniform(u: Tensor) -> Tensor:
-    """Standard normal by inversion; |result| < 5.3 because `u` keeps 2**-24 away from 0 and 1."""
-    return math.sqrt(2.0) * torch.erfinv(2 * u - 1)

@@ -26,9 +26,9 @@ class QuantLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The fake-quantized weight; the latent one is `latent_weight`."""
-        latent = self.latent_weight
-        return latent if self.weight_quantizer is None else self.weight_quantizer(latent)
+        """The fake-quantized weight; the latent one is `latent_weight`, and stands in for it before calibration."""
+        latent, quantizer = self.latent_weight, self.weight_quantizer
+        return latent if quantizer is None or not quantizer.grid.calibrated else quantizer(latent)
 
     @property
     def latent_weight(self) -> nn.Parameter:
@@ -37,11 +37,13 @@ class QuantLayer(nn.Module):
         assert latent is not None
         return latent
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The float layer's forward on quantized operands."""
+        if self.weight_quantizer is not None:
+            self.weight_quantizer.require_calibrated()
         if self.act_quantizer is not None:
-            x = self.act_quantizer(x)
-        return super().forward(x, *args, **kwargs)
+            input = self.act_quantizer(input)
+        return super().forward(input, *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -160,6 +160,7 @@ _REFUSED: dict[type[Any], str] = {
     nn.RNNBase: "its weights are applied inside a fused kernel; write the recurrence with nn.Linear",
     nn.RNNCellBase: "its weights are applied inside a fused kernel; write the cell with nn.Linear",
     nn.MultiheadAttention: "it applies its projections itself; use an attention written with nn.Linear",
+    nn.TransformerEncoderLayer: "its fused inference path goes past the quantizers; write the block with nn.Linear",
     nn.Bilinear: "there is no quantized bilinear form; write it with nn.Linear",
     nn.modules.lazy.LazyModuleMixin: "its weights do not exist yet; run one batch through the model first",
 }
@@ -257,7 +258,7 @@ def _refusal(module: nn.Module) -> str | None:
 
 
 def prepare(model: nn.Module, method: Method | str, policy: BitPolicy | Plan | str, *, seed: int = 0) -> nn.Module:
-    """Put quantizers into a float model, in place.
+    """Put quantizers into a float model, in place. Prepare the whole model at once, before wrapping it.
 
     The layers become subclasses of what they were; parameters, keys of the float state dict, hooks and references
     stay. Everything the optimizer needs exists afterwards; the scales come from `calibrate` or a checkpoint.
@@ -289,7 +290,8 @@ def prepare(model: nn.Module, method: Method | str, policy: BitPolicy | Plan | s
     for name, layer, _ in todo:
         _check_weight(name, layer)
     built = [
-        (layer, [_build(method, row, layer) for row in (rows["weight"], rows["activation"])]) for _, layer, rows in todo
+        (layer, [_build(method, row, layer) for row in (rows.get("weight"), rows.get("activation"))])
+        for _, layer, rows in todo
     ]
     # Nothing has been changed up to here: an error above leaves the float model as it was.
     for layer, (weight, act) in built:
@@ -311,8 +313,8 @@ def _check_weight(name: str, layer: nn.Module) -> None:
         raise ValueError(f"{name}.weight has NaN or infinite values; load sound weights before prepare.")
 
 
-def _build(method: Method, row: Row, layer: nn.Module) -> Quantizer | None:
-    if row.bits == FLOAT_BITS:
+def _build(method: Method, row: Row | None, layer: nn.Module) -> Quantizer | None:
+    if row is None or row.bits == FLOAT_BITS:
         return None
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
@@ -367,9 +369,8 @@ def param_groups(
         quantizer_lr: learning rate of the quantizers; `lr` if not given.
     """
     inside = {id(p) for _, q in quantizers(model) for p in q.parameters()}
-    probes = {id(p) for _, q in quantizers(model) for p in q.rounding.probes()}
     rest = [p for p in model.parameters() if id(p) not in inside]
-    learned = [p for p in model.parameters() if id(p) in inside and id(p) not in probes]
+    learned = [p for p in model.parameters() if id(p) in inside]
     groups: list[dict[str, Any]] = [{"params": rest, "lr": lr, "weight_decay": weight_decay}]
     if learned:
         groups.append({"params": learned, "lr": lr if quantizer_lr is None else quantizer_lr, "weight_decay": 0.0})

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, final
 import torch
 from torch import Tensor, nn
 
+from qtemper import counter
 from qtemper import functional as F
 from qtemper.errors import NotCalibratedError
 from qtemper.functional import CodeRange, Levels
@@ -71,7 +72,8 @@ class Grid(nn.Module, ABC):
     def __init__(self, spec: QuantSpec, num_channels: int = 1) -> None:
         super().__init__()
         self.spec = spec
-        self.shape: tuple[int, ...] = () if spec.channel_axis is None else (num_channels,)
+        # One scale for all is a vector of one: sharded training refuses parameters without a dimension.
+        self.shape: tuple[int, ...] = (1,) if spec.channel_axis is None else (num_channels,)
         # The range is state (an `auto` grid learns it from data), so it lives in a buffer; the graph wants
         # Python numbers, so they are mirrored. NaN: not calibrated yet.
         self.register_buffer("code_range", torch.full((3,), math.nan))
@@ -107,12 +109,12 @@ class Grid(nn.Module, ABC):
 
         Args:
             levels: kind of grid.
-            scale: bin size, shape () or (num_channels,).
+            scale: bin size, shape (1,), or (num_channels,) with a channel axis.
         """
         self._codes = F.code_range(self.spec.bits, levels)
         with torch.no_grad():
             self.code_range.copy_(torch.tensor(self._codes))
-            self.set_scale(scale)
+            self.set_scale(scale.reshape(self.shape))
 
     def reset(self) -> None:
         """Forget the calibration."""
@@ -121,7 +123,7 @@ class Grid(nn.Module, ABC):
 
     @abstractmethod
     def set_scale(self, scale: Tensor) -> None:
-        """Take the calibrated bin size, shape () or (num_channels,)."""
+        """Take the calibrated bin size, shape (1,) or (num_channels,)."""
 
     @abstractmethod
     def scale(self, x: Tensor) -> Tensor:
@@ -145,16 +147,30 @@ class Grid(nn.Module, ABC):
 
     def per_channel(self, x: Tensor, scale: Tensor) -> Tensor:
         """View `scale` so that it broadcasts along the channel axis of `x`, in the dtype of `x`."""
+        shape = []
         if self.spec.channel_axis is not None:
             shape = [1] * x.dim()
             shape[self.spec.channel_axis] = -1
-            scale = scale.view(shape)
-        return scale.to(x.dtype)
+        return scale.reshape(shape).to(x.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         qmin, qmax, zero_point = self.code_range.tolist()
-        self._codes = None if math.isnan(qmin) else CodeRange(int(qmin), int(qmax), zero_point)
+        if math.isnan(qmin):
+            self._codes = None
+            return
+        codes = CodeRange(int(qmin), int(qmax), zero_point)
+        kinds: tuple[Levels, ...] = ("unsigned", "signed", "symmetric")
+        own = [F.code_range(self.spec.bits, k) for k in kinds if self.spec.levels in ("auto", k)]
+        if codes in own:
+            self._codes = codes
+        else:
+            self.reset()
+            errors = kwargs.get("error_msgs", args[-1] if args else [])
+            errors.append(
+                f"{prefix}code_range: the checkpoint's codes {codes.qmin}..{codes.qmax} are not those of "
+                f"{self.spec.bits} bits, levels={self.spec.levels}; prepare the model with the checkpoint's policy."
+            )
 
 
 class Rounding(nn.Module, ABC):
@@ -177,10 +193,6 @@ class Rounding(nn.Module, ABC):
     def set_progress(self, progress: float) -> None:
         """Called once per optimizer step with progress in [0, 1]."""
 
-    def probes(self) -> list[nn.Parameter]:
-        """Parameters that collect a statistic as their gradient and that no optimizer may touch."""
-        return []
-
     def set_curvature(self, mean_diagonal: float, gradient_std: float) -> None:
         """Take the mean diagonal of the Hessian and the gradient's standard deviation, both per bin."""
 
@@ -192,37 +204,30 @@ class NoiseSource(nn.Module):
     state to lose. A module that runs twice in one step draws the same noise twice.
     """
 
-    stream: Tensor
     key: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("stream", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("key", torch.zeros(2, dtype=torch.int32))
-        self._stream = 0
+        # Derived from seed, name and progress, so no part of a checkpoint.
+        self.register_buffer("key", torch.zeros(2, dtype=torch.int32), persistent=False)
         self.seed(0, "")
 
     def seed(self, seed: int, name: str) -> None:
         """Give this source its own stream: hash of the seed and the quantizer's name in the model."""
-        low, high = F.derive_key(seed, *name.encode())
+        low, high = counter.derive_key(seed, *name.encode())
         self._stream = (high << 32) | (low & 0xFFFFFFFF)
-        self.stream.fill_(self._stream)
         self.set_progress(0.0)
 
     def set_progress(self, progress: float) -> None:
         """Derive the key of a step; progress tells steps apart down to 2**-40."""
-        low, high = F.derive_key(self._stream, round(progress * 2**40))
+        low, high = counter.derive_key(self._stream, round(progress * 2**40))
         # Two fills, not one copy: a copy from a host tensor would synchronise a GPU at every step.
         self.key[0].fill_(low)
         self.key[1].fill_(high)
 
     def forward(self, v: Tensor) -> Tensor:
         """Noise in (0, 1), float32, shape and device of `v`."""
-        return F.counter_uniform(F.element_index(v), self.key)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._stream = int(self.stream)
+        return counter.counter_uniform(counter.element_index(v), self.key)
 
 
 class Method(ABC):
@@ -283,7 +288,7 @@ class Quantizer(nn.Module):
         """
         if not self.enabled:
             return x
-        self._require_calibrated()
+        self.require_calibrated()
         real = x.to(torch.promote_types(x.dtype, torch.float32))
         v = self.grid.encode(real)
         value = self.rounding(v) if self.training else F.round_ste(v)
@@ -298,7 +303,7 @@ class Quantizer(nn.Module):
         Raises:
             NotCalibratedError: before `calibrate`.
         """
-        self._require_calibrated()
+        self.require_calibrated()
         with torch.no_grad():
             real = x.to(torch.promote_types(x.dtype, torch.float32))
             return torch.round(self.grid.encode(real)).to(torch.int16)
@@ -313,8 +318,13 @@ class Quantizer(nn.Module):
         state = "" if self.grid.calibrated else ", not calibrated"
         return f"{self.spec.bits} bits, levels={self.spec.levels}{state}"
 
-    def _require_calibrated(self) -> None:
-        if not self.grid.calibrated:
+    def require_calibrated(self) -> None:
+        """Raise if there is no scale yet, unless the quantizer is off.
+
+        Raises:
+            NotCalibratedError: before `calibrate`.
+        """
+        if self.enabled and not self.grid.calibrated:
             raise NotCalibratedError(
                 f"{self.name} has no scale yet: run qtemper.calibrate(model, batches) after prepare, "
                 "or load a checkpoint of the prepared model."

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qtemper.functional import counter_uniform, derive_key
+from qtemper.counter import counter_uniform, derive_key
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 """Pairs (images, labels): float32 (B, C, H, W), normalised, and int64 (B,)."""

@@ -59,7 +59,8 @@ class FixedDelta(Delta):
         super().__init__()
         if not 0 <= value < 2:
             raise ValueError(f"delta must be in [0, 2) in units of 1 / bins, got {value}.")
-        self.register_buffer("value", torch.tensor(value))
+        # A hyperparameter, not state: a checkpoint does not change it.
+        self.register_buffer("value", torch.tensor(value), persistent=False)
 
     def forward(self) -> Tensor:
         """The constant."""
@@ -119,7 +120,6 @@ class LearnedBounds(Grid):
         super().__init__(spec, num_channels)
         self.lower = nn.Parameter(torch.zeros(self.shape))
         self.upper = nn.Parameter(torch.ones(self.shape))
-        self._levels: Levels = "unsigned"
 
     def set_scale(self, scale: Tensor) -> None:
         """Put the bounds on the outermost levels of the calibrated grid."""

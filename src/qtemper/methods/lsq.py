@@ -66,9 +66,9 @@ class LearnedStep(Grid):
 
     def gradient_scale(self, v: Tensor) -> float:
         """`1 / sqrt(N * Q_P)`."""
-        count = v.numel() // (v.shape[0] if self.batched else 1)
+        count = v.numel() // (max(v.shape[0], 1) if self.batched else 1)
         if self.spec.channel_axis is not None:
-            count //= v.shape[self.spec.channel_axis]
+            count //= max(v.shape[self.spec.channel_axis], 1)
         return 1.0 / math.sqrt(max(count, 1) * (self.codes.qmax or -self.codes.qmin))
 
 

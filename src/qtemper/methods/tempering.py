@@ -39,6 +39,7 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor, nn
 
+from qtemper import counter
 from qtemper import functional as F
 from qtemper.methods.ewgs import DELTA_MAX, Delta, FixedDelta, HessianDelta
 from qtemper.methods.lsq import LearnedStep
@@ -51,7 +52,7 @@ RuleName = Literal["fixed", "hessian", "gradient", "correlation"]
 ZETA: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": lambda u: (2 * u - 1) * math.sqrt(3.0),
     "rademacher": lambda u: torch.where(u < 0.5, -1.0, 1.0),
-    "gaussian": F.gaussian_from_uniform,
+    "gaussian": counter.gaussian_from_uniform,
     "toward_input": lambda u: u,
 }
 """Multiplier of the error from uniform noise in (0, 1). `on_grid` jumps instead of multiplying."""
@@ -66,20 +67,28 @@ class GradientDelta(Delta):
     def __init__(self, value: float, floor: float = 1e-3) -> None:
         super().__init__()
         self.floor = floor
-        self.value = nn.Parameter(torch.tensor(max(value, floor)))
+        self.value = nn.Parameter(torch.tensor([max(value, floor)]))
 
     def gain(self) -> Tensor:
-        """Delta with its gradient."""
-        return F.replace_value(self.value, self.value.detach().clamp(self.floor, DELTA_MAX))
+        """Delta, shape (), with its gradient."""
+        return F.replace_value(self.value, self.value.detach().clamp(self.floor, DELTA_MAX)).reshape(())
 
     def forward(self) -> Tensor:
         """Delta without its gradient."""
         return self.gain().detach()
 
+    def advance(self) -> None:
+        """Bring the parameter back into its range after an optimizer step."""
+        self.value.detach().clamp_(self.floor, DELTA_MAX)
+
 
 @final
 class CorrelationDelta(Delta):
     """EWGS's formula fed by what the injected noise reveals of the curvature (`functional.probe_curvature`).
+
+    The estimate of delta has the standard error `sqrt((1 - m) / (1 + m)) / (3 * sqrt(sum eta^2))`, m the momentum,
+    which grows as the noise fades. Delta is the estimate less two of them, or 0: what is not significant does
+    nothing, and in the end, when the noise no longer tells, the gradient is the straight-through estimator's.
 
     Args:
         value: delta until the first estimate.
@@ -88,33 +97,32 @@ class CorrelationDelta(Delta):
 
     value: Tensor
     averages: Tensor
+    sums: Tensor
 
     def __init__(self, value: float = 0.0, momentum: float = 0.99) -> None:
         super().__init__()
         self.momentum = momentum
         self.register_buffer("value", torch.tensor(value))
-        # sum g*eta, sum eta^2, sum g, sum g^2, count: each averaged with the same weights.
+        # sum g*eta, sum eta^2, sum g, sum g^2, count: of the step under way, and averaged with the same weights.
+        self.register_buffer("sums", torch.zeros(5))
         self.register_buffer("averages", torch.zeros(5))
-        self.probe = nn.Parameter(torch.zeros(5))
 
     def forward(self) -> Tensor:
         """The current estimate's delta."""
         return self.value
 
-    def absorb(self) -> None:
-        """Take the statistics of the last backward pass, which lie in `probe.grad`."""
-        if self.probe.grad is None:
-            return
-        sums = self.probe.grad.detach()
-        self.probe.grad = None
+    def advance(self) -> None:
+        """Take the statistics of the last backward pass."""
         # Tensors only: reading a number here would synchronise a GPU once per quantizer and step.
-        usable = torch.isfinite(sums).all() & (sums[1] > 0)
-        averages = self.momentum * self.averages + (1 - self.momentum) * sums
+        usable = torch.isfinite(self.sums).all() & (self.sums[1] > 0)
+        averages = self.momentum * self.averages + (1 - self.momentum) * self.sums
         self.averages.copy_(torch.where(usable, averages, self.averages))
+        self.sums.zero_()
         correlation, noise, mean, square, count = self.averages.unbind()
         std = (square / count - (mean / count) ** 2).clamp_min(0).sqrt()
-        delta = (correlation / noise / (3 * std)).clamp(0, DELTA_MAX)
-        self.value.copy_(torch.where(torch.isfinite(delta), delta, self.value))
+        error = math.sqrt((1 - self.momentum) / (1 + self.momentum)) / (3 * noise.sqrt())
+        delta = (correlation / noise / (3 * std) - 2 * error).clamp(0, DELTA_MAX)
+        self.value.copy_(torch.where(usable & torch.isfinite(delta), delta, self.value))
 
 
 @final
@@ -166,20 +174,16 @@ class TemperedRounding(Rounding):
         if isinstance(self.delta, GradientDelta):
             return out + (noise - noise.detach())
         if isinstance(self.delta, CorrelationDelta):
-            return F.probe_curvature(out, noise.detach(), self.delta.probe)
+            return F.probe_curvature(out, noise.detach(), self.delta.sums)
         return out
 
     def set_progress(self, progress: float) -> None:
         """Set the temperature, draw fresh noise, take the last step's curvature statistics."""
-        if isinstance(self.delta, CorrelationDelta):
-            self.delta.absorb()
+        if isinstance(self.delta, CorrelationDelta | GradientDelta):
+            self.delta.advance()
         if self.noise is not None:
             self.temperature.fill_(self.schedule(progress))
             self.noise.set_progress(progress)
-
-    def probes(self) -> list[nn.Parameter]:
-        """The curvature probe, where there is one."""
-        return [self.delta.probe] if isinstance(self.delta, CorrelationDelta) else []
 
     def set_curvature(self, mean_diagonal: float, gradient_std: float) -> None:
         """Pass the estimate to the rule."""
@@ -202,7 +206,8 @@ class NoiseTempering(Method):
         noise_in: `forward` (and so in the gradient), or `gradient`: the forward pass stays the hard quantizer.
         temperature: schedule of T over training progress.
         delta_rule: `fixed`, `hessian`, `gradient` or `correlation`.
-        delta_weight: delta of the weights in 1 / bins: the constant of `fixed`, the first value of the others.
+        delta_weight: delta of the weights in 1 / bins: the constant of `fixed`, the first value of the others; None is
+            1 for `gradient`, where it is also the amplitude of the noise, and 0 for the others.
         delta_activation: likewise for the activations.
         scale_on: the tensors whose gradient is scaled at all: `both`, `weights`, `activations` or `none`.
     """
@@ -213,8 +218,8 @@ class NoiseTempering(Method):
     noise_in: Literal["forward", "gradient"] = "forward"
     temperature: Schedule = Exponential(start=1.0, end=math.exp(-5.0), cutoff=1e-2)
     delta_rule: RuleName = "correlation"
-    delta_weight: float = 0.0
-    delta_activation: float = 0.0
+    delta_weight: float | None = None
+    delta_activation: float | None = None
     scale_on: Literal["both", "weights", "activations", "none"] = "weights"
 
     def __post_init__(self) -> None:
@@ -230,11 +235,28 @@ class NoiseTempering(Method):
                     f"delta_rule='gradient' trains delta through the noise it scales; noise={self.noise!r} has "
                     "nothing to scale. Use another noise, or delta_rule='hessian' or 'fixed', or scale_on='none'."
                 )
+            if self.delta_rule in ("correlation", "gradient") and self.noise_in == "gradient":
+                raise ValueError(
+                    f"delta_rule={self.delta_rule!r} learns from noise that the loss sees; with noise_in='gradient' it "
+                    "sees none. Use noise_in='forward', or delta_rule='hessian' or 'fixed', or scale_on='none'."
+                )
+            self._warn_if_nothing_learns()
         for field in ("delta_weight", "delta_activation"):
-            if not 0 <= getattr(self, field) < 2:
+            value = getattr(self, field)
+            if value is not None and not 0 <= value < 2:
                 raise ValueError(f"{field} must be in [0, 2) in units of 1 / bins, got {getattr(self, field)}.")
         if self.noise == "none" and (self.noise_in == "gradient" or self.noise_on != "both"):
             warnings.warn("noise='none': noise_on and noise_in have no effect.", stacklevel=3)
+
+    def _warn_if_nothing_learns(self) -> None:
+        noisy = {"weights", "activations"} if self.noise_on == "both" else {self.noise_on}
+        scaled = {"weights", "activations"} if self.scale_on == "both" else {self.scale_on}
+        if self.delta_rule in ("correlation", "gradient") and not noisy & scaled:
+            warnings.warn(
+                f"delta_rule={self.delta_rule!r} needs noise on the tensors it scales; with noise_on={self.noise_on!r} "
+                f"and scale_on={self.scale_on!r} delta stays constant.",
+                stacklevel=4,
+            )
 
     def grid(self, kind: TensorKind, spec: QuantSpec, num_channels: int) -> Grid:
         """The learned step."""
@@ -252,9 +274,10 @@ class NoiseTempering(Method):
         )
 
     def _delta(self, kind: TensorKind, noise: NoiseName, *, scaled: bool) -> Delta:
-        value = self.delta_weight if kind == "weight" else self.delta_activation
         if not scaled:
             return FixedDelta(0.0)
+        given = self.delta_weight if kind == "weight" else self.delta_activation
+        value = given if given is not None else float(self.delta_rule == "gradient" and noise != "none")
         if self.delta_rule == "hessian":
             return HessianDelta(value)
         if self.delta_rule == "fixed" or noise == "none":  # the other two learn from this tensor's noise

@@ -154,8 +154,7 @@ def fit(
         for line in load_checkpoint(out / "checkpoints", state):
             print(line)
         log.truncate(state.step)
-    else:
-        _advance(model, 0, total)
+    _advance(model, state.step, total)
     forward = torch.compile(model, fullgraph=True) if config.compile else model
     batches = _Batches(data, config, data_config, seed)
     with (
@@ -306,8 +305,7 @@ def _advance(model: nn.Module, step: int, total: int) -> None:
 def _clipping(model: nn.Module, norm: float) -> Callable[[], None] | None:
     if norm == 0:
         return None
-    probes = {id(p) for _, q in quantizers(model) for p in q.rounding.probes()}
-    parameters = [p for p in model.parameters() if id(p) not in probes]
+    parameters = list(model.parameters())
 
     def clip() -> None:
         nn.utils.clip_grad_norm_(parameters, norm)
