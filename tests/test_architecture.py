@@ -18,8 +18,8 @@ SOURCE = Path(qtemper.__file__).parent
 LAYERS = [
     {"errors", "functional", "counter", "schedules"},
     {"quantizer"},
-    {"methods", "layers"},
-    {"prepare", "calibrate", "curvature", "models", "data"},
+    {"methods", "layers", "progress"},
+    {"policy", "prepare", "calibrate", "curvature", "models", "data"},
     {"train"},
     {"config"},
     {"run"},

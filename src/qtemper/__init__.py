@@ -15,17 +15,10 @@ from qtemper.errors import (
 )
 from qtemper.methods import available as methods_available
 from qtemper.methods import get_method
-from qtemper.prepare import BitPolicy, Plan, Row, Rule, make_plan, param_groups, prepare, quantizer_table
-from qtemper.quantizer import (
-    Grid,
-    Method,
-    Quantizer,
-    QuantSpec,
-    Rounding,
-    Tempering,
-    quantizers,
-    set_progress,
-)
+from qtemper.policy import BitPolicy, Plan, Row, Rule, make_plan
+from qtemper.prepare import param_groups, prepare, quantizer_table
+from qtemper.progress import Tempering, set_progress
+from qtemper.quantizer import Grid, Method, Quantizer, QuantSpec, Rounding, quantizers
 
 __version__ = "0.1.0.dev0"
 

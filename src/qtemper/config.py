@@ -16,7 +16,7 @@ from qtemper.calibrate import Observer
 from qtemper.data import DataConfig
 from qtemper.errors import ConfigError, nearest
 from qtemper.models import ModelConfig
-from qtemper.prepare import BitPolicy
+from qtemper.policy import BitPolicy
 from qtemper.quantizer import Method
 from qtemper.schedules import Schedule
 from qtemper.train import TrainConfig

@@ -13,7 +13,7 @@ from qtemper.config import CalibrationConfig, Experiment
 from qtemper.data import DataConfig
 from qtemper.methods import available, get_method
 from qtemper.models import ModelConfig
-from qtemper.prepare import BitPolicy
+from qtemper.policy import BitPolicy
 from qtemper.train import OptimConfig, TrainConfig
 
 DataName = Literal["cifar10", "cifar100"]

@@ -6,7 +6,7 @@ from qtemper.config import CalibrationConfig, Experiment
 from qtemper.data import DataConfig
 from qtemper.methods.tempering import NoiseTempering
 from qtemper.models import ModelConfig
-from qtemper.prepare import BitPolicy
+from qtemper.policy import BitPolicy
 from qtemper.train import OptimConfig, TrainConfig
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from qtemper.curvature import update_curvature
 from qtemper.data import NORMALIZATIONS, DataConfig, ImageData, Split, test_batches, train_batches
-from qtemper.quantizer import quantizers, set_progress
+from qtemper.progress import set_progress
+from qtemper.quantizer import quantizers
 from qtemper.train.allocator import keep_memory
 from qtemper.train.metrics import DivergedError, MetricsLog, RunningMetrics
 from qtemper.train.optim import Loss, LossConfig, OptimConfig, build_loss, build_optimizers, set_learning_rate

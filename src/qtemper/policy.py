@@ -1,0 +1,255 @@
+"""Which tensor gets which quantizer: a `BitPolicy`, applied to a model, gives a `Plan` to print and edit."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from qtemper import layers
+from qtemper.errors import ConfigError, UnsupportedModuleError, nearest
+from qtemper.functional import Levels
+from qtemper.quantizer import Method, QuantSpec, TensorKind
+
+FLOAT_BITS = 32
+"""The bit width that means: leave this tensor in float."""
+
+Granularity = Literal["tensor", "channel"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Overrides for the layers whose name matches; a field that is None keeps what earlier rules said.
+
+    Attributes:
+        pattern: shell-style wildcard for the layer's name, e.g. `layer1.*.conv2`, `*downsample*`.
+        weight: bits of the weight, 1 to 8, or 32 for float.
+        activation: bits of the input, 1 to 8, or 32 for float.
+        weight_levels: kind of grid of the weight.
+        activation_levels: kind of grid of the input.
+        weight_granularity: one scale per `tensor` or per output `channel`.
+        activation_granularity: one scale per `tensor` or per input `channel`.
+    """
+
+    pattern: str
+    weight: int | None = None
+    activation: int | None = None
+    weight_levels: Levels | Literal["auto"] | None = None
+    activation_levels: Levels | Literal["auto"] | None = None
+    weight_granularity: Granularity | None = None
+    activation_granularity: Granularity | None = None
+
+    def __post_init__(self) -> None:
+        for granularity in (self.weight_granularity, self.activation_granularity):
+            if granularity not in ("tensor", "channel", None):
+                raise ConfigError(f"granularity must be 'tensor' or 'channel', got {granularity!r}.")
+
+
+@dataclass(frozen=True)
+class BitPolicy:
+    """Bits for every layer: defaults, a preset for the first and last layer, then ordered rules (later wins).
+
+    First and last are meant in the order in which the layers are registered in the model.
+
+    Attributes:
+        weight: bits of the weights, 1 to 8, or 32 for float.
+        activation: bits of the layers' inputs, 1 to 8, or 32 for float.
+        first_last: `float` (as DoReFa, EWGS), `8bit` (as LSQ) or `same` as the rest.
+        rules: overrides, applied in order.
+    """
+
+    weight: int = 4
+    activation: int = 4
+    first_last: Literal["float", "8bit", "same"] = "float"
+    rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.first_last not in ("float", "8bit", "same"):
+            raise ConfigError(f"first_last must be 'float', '8bit' or 'same', got {self.first_last!r}.")
+
+    @classmethod
+    def parse(cls, text: str) -> BitPolicy:
+        """A policy from the field's shorthand: `W4A4`, `w1a32`.
+
+        Raises:
+            ConfigError: if the text does not have that form.
+        """
+        match = re.fullmatch(r"[wW](\d+)[aA](\d+)", text)
+        if not match:
+            raise ConfigError(f"cannot read {text!r} as a bit policy; write it like 'W4A4' or 'W1A32'.")
+        return cls(weight=int(match[1]), activation=int(match[2]))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a `Plan`: one tensor of one layer.
+
+    Attributes:
+        layer: name of the layer in the model.
+        tensor: `weight` or `activation` (the layer's input).
+        bits: 1 to 8, or 32 for float.
+        levels: kind of grid; `auto` is settled at calibration.
+        granularity: one scale per `tensor` or per `channel`.
+    """
+
+    layer: str
+    tensor: TensorKind
+    bits: int
+    levels: Levels | Literal["auto"] = "auto"
+    granularity: Granularity = "tensor"
+
+
+class Plan:
+    """The table of every quantizer that `prepare` will make: print it, edit it, pass it on.
+
+    >>> plan = make_plan(torch.nn.Sequential(torch.nn.Linear(4, 4)), BitPolicy(first_last="same"))
+    >>> plan.set("0", "weight", bits=8)
+    >>> plan["0", "weight"].bits
+    8
+    """
+
+    def __init__(self, rows: list[Row]) -> None:
+        self._rows = {(row.layer, row.tensor): row for row in rows}
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows.values())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, key: tuple[str, TensorKind]) -> Row:
+        if key not in self._rows:
+            names = [f"{layer}, {tensor}" for layer, tensor in self._rows]
+            raise ConfigError(f"no row {key[0]}, {key[1]}; {nearest(f'{key[0]}, {key[1]}', names)}")
+        return self._rows[key]
+
+    def set(self, layer: str, tensor: TensorKind, **changes: Any) -> None:
+        """Change fields of one row.
+
+        Raises:
+            ConfigError: if there is no such row.
+        """
+        self._rows[layer, tensor] = replace(self[layer, tensor], **changes)
+
+    def __str__(self) -> str:
+        return format_table(list(self))
+
+
+def format_table(rows: list[Row]) -> str:
+    """Rows as an aligned text table."""
+    head = ("layer", "tensor", "bits", "levels", "scale per")
+    cells = [
+        (r.layer or "(model)", r.tensor, "float" if r.bits == FLOAT_BITS else str(r.bits),
+         "-" if r.bits == FLOAT_BITS else r.levels, "-" if r.bits == FLOAT_BITS else r.granularity)
+        for r in rows
+    ]  # fmt: skip
+    widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in [head, *cells]]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+# Modules that hold weights but apply them by themselves: swapping their children would silently do nothing.
+_REFUSED: dict[type[Any], str] = {
+    nn.RNNBase: "its weights are applied inside a fused kernel; write the recurrence with nn.Linear",
+    nn.RNNCellBase: "its weights are applied inside a fused kernel; write the cell with nn.Linear",
+    nn.MultiheadAttention: "it applies its projections itself; use an attention written with nn.Linear",
+    nn.TransformerEncoderLayer: "its fused inference path goes past the quantizers; write the block with nn.Linear",
+    nn.Bilinear: "there is no quantized bilinear form; write it with nn.Linear",
+    nn.modules.lazy.LazyModuleMixin: "its weights do not exist yet; run one batch through the model first",
+}
+
+
+def make_plan(model: nn.Module, policy: BitPolicy | str, method: Method | None = None) -> Plan:
+    """Apply a policy to a model.
+
+    Args:
+        model: the float model.
+        policy: a `BitPolicy` or shorthand such as "W4A4".
+        method: decides the kind of grid where the policy does not (EWGS's weights are symmetric, for instance).
+
+    Raises:
+        UnsupportedModuleError: a module cannot be quantized; the message names it and the way out.
+        ConfigError: a rule matches no layer.
+        ValueError: bits out of range.
+    """
+    policy = BitPolicy.parse(policy) if isinstance(policy, str) else policy
+    names = [name for name, module in model.named_modules() if isinstance(module, layers.QUANTIZABLE)]
+    refused = {name: why for name, module in model.named_modules() if (why := _refusal(module))}
+    _check_rules(policy, [*names, *refused])
+    for name, why in refused.items():
+        weight, activation = _bits(policy, name, ends=set())
+        if (weight, activation) != (FLOAT_BITS, FLOAT_BITS):
+            module = model.get_submodule(name)
+            keep = f", or keep it in float with Rule({name!r}, weight=32, activation=32)"
+            raise UnsupportedModuleError(
+                f"{name or 'the model itself'} ({type(module).__name__}) cannot be quantized: {why}"
+                f"{'' if isinstance(module, layers.QuantLayer) else keep}."
+            )
+    # Layers inside a refused module stay in float with it.
+    names = [n for n in names if not any(n == r or n.startswith(r + ".") for r in refused if r)]
+    if not names:
+        kinds = ", ".join(cls.__name__ for cls in layers.QUANTIZABLE)
+        raise UnsupportedModuleError(f"the model has no layer that can be quantized (one of {kinds}).")
+    ends = {names[0], names[-1]}
+    return Plan([row for name in names for row in _rows(policy, method, name, ends)])
+
+
+def _bits(policy: BitPolicy, name: str, ends: set[str]) -> tuple[int, int]:
+    weight, activation = policy.weight, policy.activation
+    if name in ends and policy.first_last != "same":
+        preset = FLOAT_BITS if policy.first_last == "float" else 8
+        weight, activation = (
+            preset if bits != FLOAT_BITS or preset == FLOAT_BITS else bits for bits in (weight, activation)
+        )
+    for rule in _matching(policy, name):
+        weight = rule.weight if rule.weight is not None else weight
+        activation = rule.activation if rule.activation is not None else activation
+    return weight, activation
+
+
+def _rows(policy: BitPolicy, method: Method | None, name: str, ends: set[str]) -> list[Row]:
+    rows = []
+    kinds: tuple[TensorKind, TensorKind] = ("weight", "activation")
+    for kind, bits in zip(kinds, _bits(policy, name, ends), strict=True):
+        levels = method.default_levels(kind) if method else "auto"
+        granularity: Granularity = "tensor"
+        for rule in _matching(policy, name):
+            levels = getattr(rule, f"{kind}_levels") or levels
+            granularity = getattr(rule, f"{kind}_granularity") or granularity
+        if bits != FLOAT_BITS:
+            try:
+                QuantSpec(bits, levels)
+            except ValueError as error:
+                raise ConfigError(f"{name}, {kind}: {error}") from None
+        rows.append(Row(name, kind, bits, levels, granularity))
+    return rows
+
+
+def _matching(policy: BitPolicy, name: str) -> list[Rule]:
+    return [rule for rule in policy.rules if fnmatch.fnmatchcase(name, rule.pattern)]
+
+
+def _check_rules(policy: BitPolicy, names: list[str]) -> None:
+    for rule in policy.rules:
+        if not any(fnmatch.fnmatchcase(name, rule.pattern) for name in names):
+            raise ConfigError(f"rule {rule.pattern!r} matches no layer; {nearest(rule.pattern, names)}")
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Why a module cannot be quantized, or None."""
+    for cls, why in _REFUSED.items():
+        if isinstance(module, cls):
+            return why
+    if isinstance(module, layers.QUANTIZABLE):
+        if isinstance(module, layers.QuantLayer):
+            return "it is quantized already; prepare the float model"
+        if parametrize.is_parametrized(module, "weight"):
+            return "its weight is parametrized; call parametrize.remove_parametrizations(layer, 'weight') first"
+        if any("weight_g" in key or "weight_orig" in key for key in module._parameters):
+            return "its weight is recomputed by a hook (weight_norm or spectral_norm); remove that first"
+    return None
