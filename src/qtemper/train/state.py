@@ -39,6 +39,7 @@ class TrainState:
         config_hash: of the training's configuration; a checkpoint of another one is refused.
         history: metrics of the epochs done.
         totals: sums of the epoch under way: loss, correct predictions, steps.
+        lr_factor: what rollbacks have done to the learning rate.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class TrainState:
     config_hash: str = ""
     history: list[dict[str, Any]] = field(default_factory=list)
     totals: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    lr_factor: float = 1.0
 
 
 def save_checkpoint(directory: Path, state: TrainState) -> Path:
@@ -67,6 +69,7 @@ def save_checkpoint(directory: Path, state: TrainState) -> Path:
         "config_hash": state.config_hash,
         "history": state.history,
         "totals": state.totals,
+        "lr_factor": state.lr_factor,
         "param_groups": groups,
         "python_random": random.getstate(),
         "numpy_random": _numpy_state(),
@@ -155,6 +158,7 @@ def _restore(path: Path, state: TrainState) -> None:
     state.step = document["step"]
     state.history[:] = document["history"]
     state.totals[:] = document["totals"]
+    state.lr_factor = document["lr_factor"]
 
 
 def _numpy_state() -> list[Any]:
