@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lint types package clean
+.PHONY: demo test check lint types package faults clean
 
 demo: $(READY)
 	$(BIN)/qtemper train digits-w2a2-tempering
@@ -41,3 +41,7 @@ $(READY): pyproject.toml constraints.txt
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# The table of docs/reliability.md: kills, full disks, damage, wrong settings; under 15 minutes on two cores.
+faults: $(READY)
+	$(BIN)/python -m benchmarks.faults

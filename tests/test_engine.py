@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtemper import BitPolicy, calibrate, get_method, prepare, quantizers
-from qtemper.data import DataConfig, ImageData, Split
+from qtemper.data import ImageData, MemorySource, Split
 from qtemper.errors import CheckpointError
 from qtemper.models import SmallConvNet
 from qtemper.quantizer import Method
@@ -44,7 +44,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES, BATCH = 4, 16
 STEPS = 4  # optimizer steps an epoch: 70 images, of which 6 are dropped
 EPOCHS = 3
-IMAGES = DataConfig(name="digits", source="embedded", normalization="half", padding=1, flip=True)
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +84,12 @@ def config(**changes: Any) -> TrainConfig:
     return TrainConfig(**settings | changes)
 
 
+def source(data: ImageData) -> MemorySource:
+    return MemorySource(data, "half", padding=1)
+
+
 def train(model: nn.Module, data: ImageData, settings: TrainConfig, **options: Any) -> list[dict[str, Any]]:
-    return fit(model, data, settings, data_config=IMAGES, **options)
+    return fit(model, source(data), settings, **options)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -144,7 +147,7 @@ def test_training_lowers_the_loss(method: str | None, data: ImageData) -> None:
     assert [epoch["epoch"] for epoch in history] == list(range(1, 9))
     assert history[-1]["train_loss"] < 0.8 * history[0]["train_loss"]
     # Chance is 25%.
-    assert history[-1]["test_top1"] == evaluate(model, data.test, IMAGES) > 50
+    assert history[-1]["test_top1"] == evaluate(model, source(data)) > 50
 
 
 @pytest.mark.parametrize("method", [None, "tempering"])
@@ -356,7 +359,7 @@ def test_a_checkpoint_loads_into_a_model_alone(data: ImageData, tmp_path: Path) 
     model = prepare(float_model(seed=5), "tempering", BitPolicy(2, 2))
     assert load_model(tmp_path / "checkpoints", model) == []
     assert_same_bits(weights(model), weights(trained))
-    assert evaluate(model, data.test, IMAGES) == evaluate(trained, data.test, IMAGES)
+    assert evaluate(model, source(data)) == evaluate(trained, source(data))
 
 
 # --- divergence --------------------------------------------------------------------------------------------------
@@ -389,6 +392,49 @@ def test_a_loss_that_is_not_finite_ends_the_training_with_a_remedy(
     for line in lines(tmp_path):
         assert line["step"] <= STEPS
         assert math.isfinite(line.get("loss", line.get("train_loss")))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_is_noticed_in_its_own_step(where: str, data: ImageData) -> None:
+    model = model_for("lsq")
+
+    def spoil_gradient() -> None:
+        model.fc.weight.register_hook(lambda g: g * math.inf)
+
+    AfterForwards(model, STEPS + 2, poison(model) if where == "loss" else spoil_gradient)
+    with pytest.raises(DivergedError, match=f"in step {STEPS + 2};"):
+        train(model, data, config())
+
+
+def test_rollback_goes_on_from_the_last_checkpoint_at_half_the_rate(data: ImageData, tmp_path: Path) -> None:
+    model = model_for("tempering")
+    AfterForwards(model, STEPS + 2, poison(model))
+    history = train(model, data, config(on_nonfinite="rollback"), out=tmp_path)
+    assert [metrics["epoch"] for metrics in history] == [1, 2, 3]
+    assert all_finite(tmp_path)
+    events = [line for line in lines(tmp_path) if "event" in line]
+    assert events == [{"step": STEPS, "event": "rollback", "lr_factor": 0.5}]
+    rates = {line["step"]: line["lr"] for line in lines(tmp_path) if "lr" in line}
+    plain = {line["step"]: line["lr"] for line in _rates(data, tmp_path / "plain")}
+    assert rates[STEPS] == plain[STEPS]
+    assert rates[2 * STEPS] == pytest.approx(plain[2 * STEPS] / 2)
+
+
+def _rates(data: ImageData, out: Path) -> list[dict[str, Any]]:
+    train(model_for("tempering"), data, config(), out=out)
+    return [line for line in lines(out) if "lr" in line]
+
+
+def test_rollback_gives_up_after_three(data: ImageData, tmp_path: Path) -> None:
+    model = model_for(None)
+
+    def poison_always() -> None:
+        model.register_forward_hook(lambda _m, _i, out: out * math.nan)
+
+    AfterForwards(model, STEPS + 1, poison_always)
+    with pytest.raises(DivergedError):
+        train(model, data, config(on_nonfinite="rollback", evaluate_every=0), out=tmp_path)
+    assert len([line for line in lines(tmp_path) if "event" in line]) == 3
 
 
 def test_a_learning_rate_that_is_far_too_high_diverges_with_a_message(data: ImageData, tmp_path: Path) -> None:
@@ -604,9 +650,9 @@ def test_the_hessian_rule_is_fed_between_epochs(data: ImageData) -> None:
 
 def test_evaluate_keeps_the_mode_and_counts_every_image(data: ImageData) -> None:
     model = model_for("tempering").train()
-    uneven = evaluate(model, data.test, IMAGES, batch_size=7)
+    uneven = evaluate(model, source(data), batch_size=7)
     assert model.training
-    assert uneven == evaluate(model.eval(), data.test, IMAGES, batch_size=24)
+    assert uneven == evaluate(model.eval(), source(data), batch_size=24)
     assert not model.training
 
 

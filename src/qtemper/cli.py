@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,30 +42,32 @@ class Train:
     def run(self) -> None:
         """Do it."""
         from qtemper import pipeline
-        from qtemper.config import override, to_json
+        from qtemper.config import override
         from qtemper.recipes import get_recipe
         from qtemper.run import RunDir
         from qtemper.train import TrainingInterrupted
 
         experiment = override(get_recipe(self.recipe), list(self.assignments))
-        if self.resume:
+        # torchrun --max-restarts runs the same command again after a failure.
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and self.out is not None
+        resume = self.resume or (restarted and (Path(str(self.out)) / "config.json").exists())
+        if resume:
             if self.out is None:
                 raise ConfigError("--resume needs the run directory: --out RUN.")
             run = RunDir.open(self.out)
-            if to_json(run.experiment()) != to_json(experiment):
-                raise ConfigError(
-                    f"{self.out} was started with other settings; resume with the recipe and --set it was started "
-                    "with (its config.json shows them), or start a new run."
-                )
+            run.require_same(experiment)
         else:
+            if self.out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise ConfigError("several processes need one run directory: give it with --out RUN.")
             run = RunDir(self.out) if self.out is not None else RunDir.dated(experiment.name)
         try:
-            result = pipeline.train(experiment, run, data=self.data, init=self.init, resume=self.resume)
+            result = pipeline.train(experiment, run, data=self.data, init=self.init, resume=resume)
         except TrainingInterrupted as stop:
             print(f"{stop} Continue with the same command and --out {run.path} --resume.", file=sys.stderr)
             sys.exit(128 + stop.signum)
-        print_result(result)
-        print(f"results are in {run.path}")
+        if int(os.environ.get("RANK", "0")) == 0:
+            print_result(result)
+            print(f"results are in {run.path}")
 
 
 @dataclass(frozen=True)

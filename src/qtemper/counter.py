@@ -68,9 +68,15 @@ def counter_uniform(index: Tensor, key: Tensor) -> Tensor:
     return (_shift_right(counter_bits(index, key), 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
-def element_index(x: Tensor) -> Tensor:
-    """Index of each element of `x` in row-major order, int32, shape of `x`; the memory format does not matter."""
-    return torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
+def element_index(x: Tensor, first: int = 0) -> Tensor:
+    """Index of each element of `x` in row-major order, int32, shape of `x`; the memory format does not matter.
+
+    Args:
+        x: any tensor.
+        first: index of the first element; counts beyond 2**31 wrap around.
+    """
+    index = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
+    return index + _signed32(first & 0xFFFFFFFF) if first else index
 
 
 def gaussian_from_uniform(u: Tensor) -> Tensor:

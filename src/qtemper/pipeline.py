@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 
 from qtemper.calibrate import calibrate
 from qtemper.config import Experiment
-from qtemper.data import NORMALIZATIONS, ImageData, load, test_batches
-from qtemper.data.images import Split, epoch_order
+from qtemper.data import NORMALIZATIONS, Source, open_source
 from qtemper.errors import CheckpointError, ConfigError
 from qtemper.models import build
 from qtemper.prepare import prepare
 from qtemper.quantizer import quantizers
 from qtemper.run import RunDir
 from qtemper.train import evaluate, fit
+from qtemper.train.processes import make_fabric, share_state
 from qtemper.train.state import load_model, load_strictly, read_safetensors
 
 
@@ -77,60 +79,73 @@ def train(
             raise ConfigError(
                 "the policy leaves every layer in float; set policy.weight or policy.activation to 1 to 8."
             )
-    images = load(experiment.data, data)
-    _check_fit(experiment, images)
-    if not resume:
-        run.create(experiment, data)
-    print(f"run directory: {run.path}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    result = _train(experiment, run, model.to(device), images.to(device), init is not None, resume)
-    run.write_final(model, experiment)
-    run.write_result(result)
+    fabric = make_fabric(timeout=experiment.train.timeout)
+    source = open_source(experiment.data, data, fabric.device)
+    _check_fit(experiment, source)
+    recorded = run.read_result() if resume else {}
+    first = fabric.is_global_zero
+    with run.lock() if first else contextlib.nullcontext():
+        if first:
+            if not resume:
+                run.create(experiment, data)
+            print(f"run directory: {run.path}")
+        fabric.barrier()
+        trained = _train(experiment, run, model.to(fabric.device), source, fabric, init is not None, resume)
+        result = recorded | trained
+        if first:
+            run.write_final(model, experiment)
+            run.write_result(result)
+        fabric.barrier()
     return result
 
 
 def _train(
-    experiment: Experiment, run: RunDir, model: nn.Module, images: ImageData, initialised: bool, resume: bool
+    experiment: Experiment,
+    run: RunDir,
+    model: nn.Module,
+    source: Source,
+    fabric: Fabric,
+    initialised: bool,
+    resume: bool,
 ) -> dict[str, Any]:
-    result = run.read_result()
-    fit_options: dict[str, Any] = {"data_config": experiment.data, "seed": experiment.seed}
+    options: dict[str, Any] = {"seed": experiment.seed, "fabric": fabric}
     if experiment.method is None:
-        fit(model, images, experiment.train, out=run.path, resume=resume, title="float", **fit_options)
-        return {"top1": evaluate(model, images.test, experiment.data)}
+        fit(model, source, experiment.train, out=run.path, resume=resume, title="float", **options)
+        return {"top1": evaluate(model, source, fabric=fabric)}
     if resume and run.checkpoints.is_dir():
+        result = {}
         teacher = _teacher_of(run, experiment)
         prepare(model, experiment.method, experiment.policy, seed=experiment.seed)
     else:
         if experiment.float_train is not None and not initialised:
-            fit(model, images, experiment.float_train, title="float", **fit_options)
-        run.write_float(model)
-        result = {"float_top1": evaluate(model, images.test, experiment.data)}
-        print(f"float network: {result['float_top1']:.2f}% top-1")
+            fit(model, source, experiment.float_train, title="float", **options)
         teacher = copy.deepcopy(model) if experiment.train.loss.distillation > 0 else None
-        prepare(model, experiment.method, experiment.policy, seed=experiment.seed)
-        settings = experiment.calibration
-        calibrate(
-            model,
-            calibration_batches(experiment, images.train),
-            observer=settings.observer,
-            batch_norm=settings.batch_norm,
-        )
-        result["calibrated_top1"] = evaluate(model, images.test, experiment.data)
-        print(f"after calibration: {result['calibrated_top1']:.2f}% top-1")
-        run.write_result(result)
+        result = _quantize(experiment, run, model, source, fabric)
         resume = False
     title = experiment.method.name
-    fit(
-        model,
-        images,
-        experiment.train,
-        out=run.path,
-        resume=resume,
-        teacher=teacher,
-        title=title,
-        **fit_options,
-    )
-    result["top1"] = evaluate(model, images.test, experiment.data)
+    fit(model, source, experiment.train, out=run.path, resume=resume, teacher=teacher, title=title, **options)
+    return result | {"top1": evaluate(model, source, fabric=fabric)}
+
+
+def _quantize(experiment: Experiment, run: RunDir, model: nn.Module, source: Source, fabric: Fabric) -> dict[str, Any]:
+    """Prepare and calibrate the float network; all processes do the same, and the first one's result is everyone's."""
+    assert experiment.method is not None
+    # One memory format, whether the network was trained just now or loaded: sums round differently in another.
+    layout = torch.channels_last if experiment.train.channels_last else torch.contiguous_format
+    model.to(memory_format=layout)  # type: ignore[call-overload]
+    result = {"float_top1": evaluate(model, source, fabric=fabric)}
+    if fabric.is_global_zero:
+        run.write_float(model)
+        print(f"float network: {result['float_top1']:.2f}% top-1")
+    prepare(model, experiment.method, experiment.policy, seed=experiment.seed)
+    settings = experiment.calibration
+    batches = source.calibration_batches(settings.batch_size, settings.batches, seed=experiment.seed)
+    calibrate(model, batches, observer=settings.observer, batch_norm=settings.batch_norm)
+    share_state(model, fabric)
+    result["calibrated_top1"] = evaluate(model, source, fabric=fabric)
+    if fabric.is_global_zero:
+        print(f"after calibration: {result['calibrated_top1']:.2f}% top-1")
+        run.write_result(result)
     return result
 
 
@@ -140,16 +155,6 @@ def _teacher_of(run: RunDir, experiment: Experiment) -> nn.Module | None:
     teacher = build(experiment.model)
     load_strictly(teacher, read_safetensors(run.float_weights), run.float_weights)
     return teacher
-
-
-def calibration_batches(experiment: Experiment, split: Split) -> list[torch.Tensor]:
-    """Unaugmented training images, normalised, drawn by the experiment's seed."""
-    settings = experiment.calibration
-    order = epoch_order(len(split), seed=experiment.seed, epoch=0)[: settings.batches * settings.batch_size]
-    mean, std = NORMALIZATIONS[experiment.data.normalization]
-    order = order.to(split.images.device)
-    chosen = Split(split.images[order], split.labels[order])
-    return [images for images, _ in test_batches(chosen, settings.batch_size, mean, std)]
 
 
 def load_run(run: RunDir) -> tuple[Experiment, nn.Module]:
@@ -171,23 +176,23 @@ def load_run(run: RunDir) -> tuple[Experiment, nn.Module]:
 def evaluate_run(run: RunDir, data: Path | None = None) -> dict[str, Any]:
     """Test accuracy of a run's network, in percent, with the recorded accuracies beside it."""
     experiment, model = load_run(run)
-    images = load(experiment.data, data or run.data_directory())
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    top1 = evaluate(model, images.test, experiment.data)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = open_source(experiment.data, data or run.data_directory(), device)
+    top1 = evaluate(model.to(device), source)
     return {"run": str(run.path), "recipe": experiment.name, **run.read_result(), "top1": top1}
 
 
-def _check_fit(experiment: Experiment, images: ImageData) -> None:
+def _check_fit(experiment: Experiment, source: Source) -> None:
     """Whether data, model and batch size belong together."""
-    classes, channels = len(images.classes), images.train.images.shape[1]
+    classes, channels = len(source.classes), source.channels
     if experiment.model.num_classes != classes:
         raise ConfigError(
-            f"model.num_classes is {experiment.model.num_classes} but {images.name} has {classes} classes; "
+            f"model.num_classes is {experiment.model.num_classes} but {source.name} has {classes} classes; "
             f"--set model.num_classes={classes}."
         )
     if experiment.model.in_channels != channels:
         raise ConfigError(
-            f"model.in_channels is {experiment.model.in_channels} but {images.name} has {channels} channels; "
+            f"model.in_channels is {experiment.model.in_channels} but {source.name} has {channels} channels; "
             f"--set model.in_channels={channels}."
         )
     if len(NORMALIZATIONS[experiment.data.normalization][0]) not in (1, channels):
@@ -196,8 +201,8 @@ def _check_fit(experiment: Experiment, images: ImageData) -> None:
             "--set data.normalization=half."
         )
     for name, settings in (("train", experiment.train), ("float_train", experiment.float_train)):
-        if settings is not None and settings.batch_size > len(images.train):
+        if settings is not None and settings.batch_size > source.train_size:
             raise ConfigError(
-                f"{name}.batch_size is {settings.batch_size} but {images.name} has {len(images.train)} training "
+                f"{name}.batch_size is {settings.batch_size} but {source.name} has {source.train_size} training "
                 "images; set a smaller one."
             )

@@ -193,6 +193,10 @@ class Rounding(nn.Module, ABC):
     def set_progress(self, progress: float) -> None:
         """Called once per optimizer step with progress in [0, 1]."""
 
+    def statistics(self) -> list[Tensor]:
+        """Buffers with sums over the step's elements, which several processes have to add up."""
+        return []
+
     def set_curvature(self, mean_diagonal: float, gradient_std: float) -> None:
         """Take the mean diagonal of the Hessian and the gradient's standard deviation, both per bin."""
 
@@ -202,9 +206,13 @@ class NoiseSource(nn.Module):
 
     Reproducible, resumable, equal under recomputation (activation checkpointing), and there is no generator
     state to lose. A module that runs twice in one step draws the same noise twice.
+
+    Elements count over the whole batch: where processes share a batch in equal parts, process `part` starts its
+    count where the one before ends, so the noise does not depend on how many processes there are.
     """
 
     key: Tensor
+    part: int = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,7 +235,7 @@ class NoiseSource(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         """Noise in (0, 1), float32, shape and device of `v`."""
-        return counter.counter_uniform(counter.element_index(v), self.key)
+        return counter.counter_uniform(counter.element_index(v, first=self.part * v.numel()), self.key)
 
 
 class Method(ABC):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
+import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -15,9 +18,17 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from qtemper.config import Experiment, from_json, to_json
-from qtemper.errors import CheckpointError
+from qtemper.config import Experiment, from_json, to_dict, to_json
+from qtemper.errors import CheckpointError, ConfigError
+from qtemper.train.snapshot import differences, shorten
 from qtemper.train.state import save_tensors, write_atomically
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    CAN_LOCK = False  # on Windows: there, nothing keeps two runs apart
+else:
+    CAN_LOCK = True
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "i8mm")
 """CPU features that decide speed, and in part exactness, of low-bit kernels."""
@@ -37,6 +48,7 @@ class RunDir:
     | `checkpoints/` | see `qtemper.train.state` |
     | `result.json` | float, calibrated and trained accuracy |
     | `final.safetensors` | the trained network, its experiment in the metadata |
+    | `.lock` | held by the process that trains into the directory; gone when it ends |
     """
 
     path: Path
@@ -63,21 +75,70 @@ class RunDir:
         Raises:
             CheckpointError: the directory has content already, or cannot be written.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise CheckpointError(f"{self.path} is not a directory; choose another --out.")
-        if self.path.exists() and any(self.path.iterdir()):
+        self._make()
+        # A creation that was killed left no config.json, which is written last: nothing of a run is lost.
+        left = {".lock", ".tmp-environment.json", "environment.json", ".tmp-config.json"}
+        if any(path.name not in left for path in self.path.iterdir()):
             raise CheckpointError(
                 f"{self.path} is not empty; choose another --out, or continue that run with --resume."
             )
+        record = environment(experiment.seed) | {"data": None if data is None else str(data.resolve())}
+        write_atomically(self.path / "environment.json", (json.dumps(record, indent=2) + "\n").encode())
+        write_atomically(self.path / "config.json", to_json(experiment).encode())
+
+    def _make(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise CheckpointError(f"{self.path} is not a directory; choose another --out.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(
                 f"cannot create {self.path}: {error.strerror or error}; choose another --out."
             ) from None
-        record = environment(experiment.seed) | {"data": None if data is None else str(data.resolve())}
-        write_atomically(self.path / "environment.json", (json.dumps(record, indent=2) + "\n").encode())
-        write_atomically(self.path / "config.json", to_json(experiment).encode())
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from training into this directory, which is made if it is not there.
+
+        The kernel holds the lock and lets go of it when the process dies, however it dies: there is no stale lock.
+        Only one process of a distributed training takes it, the one that writes.
+
+        Raises:
+            CheckpointError: another process trains into this directory, or it cannot be written.
+        """
+        self._make()
+        if not CAN_LOCK:
+            yield
+            return
+        path = self.path / ".lock"
+        try:
+            descriptor = _acquire(path)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{self.path} is in use by {_holder(path)}; wait until it ends, or choose another --out."
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"cannot lock {path}: {error.strerror or error}; choose another --out.") from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()  # while it is still held: see `_acquire`
+            _LOCKS.discard(descriptor)
+            os.close(descriptor)
+
+    def require_same(self, experiment: Experiment) -> None:
+        """Refuse to continue the run with another experiment than its own.
+
+        Raises:
+            ConfigError: with the first settings that differ, as `path: old, now new`.
+        """
+        found = differences(to_dict(self.experiment()), to_dict(experiment))
+        if found:
+            raise ConfigError(
+                f"{self.path} was started with other settings ({shorten(found)}); resume with the recipe and --set it "
+                "was started with (its config.json shows them), or start a new run."
+            )
 
     @property
     def checkpoints(self) -> Path:
@@ -131,6 +192,48 @@ class RunDir:
     def write_final(self, model: nn.Module, experiment: Experiment) -> None:
         """Write `final.safetensors`, with the experiment in its metadata."""
         save_tensors(self.final, dict(model.state_dict()), {"experiment": to_json(experiment)})
+
+
+_LOCKS: set[int] = set()
+"""Descriptors of the locks that this process holds."""
+
+
+def _acquire(path: Path) -> int:
+    """A descriptor that holds the lock of `path`."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one before may have removed the file after we opened it: then what we hold keeps nobody out.
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                _LOCKS.add(descriptor)
+                return descriptor
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock, as far as the file tells."""
+    try:
+        return path.read_text(errors="replace")[:200].strip() or "another process"
+    except OSError:
+        return "another process"
+
+
+def _forget_locks() -> None:
+    """In a forked child (a data loader's worker): the lock is the parent's, and must not outlive it."""
+    for descriptor in _LOCKS:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _LOCKS.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 def environment(seed: int) -> dict[str, Any]:

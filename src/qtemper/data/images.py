@@ -147,6 +147,8 @@ def train_batches(
     seed: int,
     epoch: int,
     first_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
     padding: int = 4,
     flip: bool = True,
     mean: Sequence[float],
@@ -162,14 +164,18 @@ def train_batches(
         seed: the run's seed.
         epoch: passes over the data set so far.
         first_step: batches to leave out; the rest is the same as without.
+        rank: of this process; it gets the `rank`-th of `world_size` equal parts of every batch.
+        world_size: number of processes.
         padding: see `augment`.
         flip: see `augment`.
         mean: see `normalize`.
         std: see `normalize`.
 
     Raises:
-        ValueError: if the split has no full batch, or `first_step` is not one of the epoch's steps.
+        ValueError: if the split has no full batch, `first_step` is not one of the epoch's steps, or the batch does not
+            divide by `world_size`.
     """
+    share = batch_share(batch_size, world_size)
     _check_batch_size(batch_size)
     if batch_size > len(split):
         raise ValueError(f"batch_size {batch_size} is more than the {len(split)} images: no batch is full; lower it.")
@@ -181,11 +187,25 @@ def train_batches(
     shift, width = _on_device(mean, device), _on_device(std, device)  # once: a copy makes a GPU wait
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
-        index = order[step * batch_size : (step + 1) * batch_size]
+        first = step * batch_size + rank * share
+        index = order[first : first + share]
         images = augment(split.images[index], index, seed=seed, epoch=epoch, padding=padding, flip=flip)
         return normalize(images, shift, width), split.labels[index]
 
     return map(batch, range(first_step, num_steps))
+
+
+def batch_share(batch_size: int, world_size: int) -> int:
+    """Images of a batch that each of `world_size` processes gets.
+
+    Raises:
+        ValueError: if the batch does not divide.
+    """
+    if batch_size % world_size:
+        raise ValueError(
+            f"batch_size {batch_size} does not divide by {world_size} processes; make it a multiple of {world_size}."
+        )
+    return batch_size // world_size
 
 
 def test_batches(split: Split, batch_size: int, mean: Sequence[float], std: Sequence[float]) -> Batches:

@@ -185,6 +185,10 @@ class TemperedRounding(Rounding):
             self.temperature.fill_(self.schedule(progress))
             self.noise.set_progress(progress)
 
+    def statistics(self) -> list[Tensor]:
+        """The curvature sums, where there are any."""
+        return [self.delta.sums] if isinstance(self.delta, CorrelationDelta) else []
+
     def set_curvature(self, mean_diagonal: float, gradient_std: float) -> None:
         """Pass the estimate to the rule."""
         self.delta.set_curvature(mean_diagonal, gradient_std)

@@ -9,12 +9,15 @@ from typing import Literal
 from torch import nn
 
 from qtemper.errors import nearest
+from qtemper.models.mobilenet import MobileNetV1, MobileNetV2
+from qtemper.models.resnet import ResNet
 from qtemper.models.resnet_cifar import ResNetCifar
 from qtemper.models.small import SmallConvNet
 
-__all__ = ["ModelConfig", "ResNetCifar", "SmallConvNet", "build"]
+__all__ = ["MobileNetV1", "MobileNetV2", "ModelConfig", "ResNet", "ResNetCifar", "SmallConvNet", "build"]
 
 _DEPTHS = {"resnet20": 20, "resnet32": 32, "resnet44": 44, "resnet56": 56}
+_IMAGENET_DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50}
 
 
 @dataclass(frozen=True)
@@ -22,14 +25,26 @@ class ModelConfig:
     """Which network.
 
     Attributes:
-        arch: `resnet20` .. `resnet56` are `ResNetCifar`, `small` is `SmallConvNet`.
+        arch: `resnet20` .. `resnet56` are `ResNetCifar`, `small` is `SmallConvNet`; for ImageNet `resnet18`,
+            `resnet34` and `resnet50` are `ResNet`, `mobilenet_v1` and `mobilenet_v2` what they say.
         num_classes: outputs.
-        shortcut: ResNets only: "pad" or "conv"; a float checkpoint needs its own.
-        bn_before_classifier: ResNets only: a batch norm before the classifier, as in EWGS.
+        shortcut: `ResNetCifar` only: "pad" or "conv"; a float checkpoint needs its own.
+        bn_before_classifier: `ResNetCifar` only: a batch norm before the classifier, as in EWGS.
         in_channels: channels of the images.
     """
 
-    arch: Literal["resnet20", "resnet32", "resnet44", "resnet56", "small"] = "resnet20"
+    arch: Literal[
+        "resnet20",
+        "resnet32",
+        "resnet44",
+        "resnet56",
+        "small",
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "mobilenet_v1",
+        "mobilenet_v2",
+    ] = "resnet20"
     num_classes: int = 10
     shortcut: Literal["pad", "conv"] = "pad"
     bn_before_classifier: bool = False
@@ -42,12 +57,10 @@ def build(config: ModelConfig) -> nn.Module:
     Raises:
         ValueError: if `config.arch` or `config.shortcut` is unknown, with the nearest known name.
     """
-    if config.arch == "small":
-        if config.shortcut != "pad" or config.bn_before_classifier:
-            warnings.warn("shortcut and bn_before_classifier have no effect on arch 'small'.", stacklevel=2)
-        return SmallConvNet(config.num_classes, config.in_channels)
     if config.arch not in _DEPTHS:
-        raise ValueError(f"unknown arch {config.arch!r}; {nearest(config.arch, [*_DEPTHS, 'small'])}")
+        if config.shortcut != "pad" or config.bn_before_classifier:
+            warnings.warn(f"shortcut and bn_before_classifier have no effect on arch {config.arch!r}.", stacklevel=2)
+        return _build_other(config)
     return ResNetCifar(
         _DEPTHS[config.arch],
         config.num_classes,
@@ -55,3 +68,23 @@ def build(config: ModelConfig) -> nn.Module:
         bn_before_classifier=config.bn_before_classifier,
         in_channels=config.in_channels,
     )
+
+
+def _build_other(config: ModelConfig) -> nn.Module:
+    if config.arch == "small":
+        return SmallConvNet(config.num_classes, config.in_channels)
+    if config.arch in _IMAGENET_DEPTHS:
+        return ResNet(_IMAGENET_DEPTHS[config.arch], config.num_classes, in_channels=config.in_channels)
+    if config.arch == "mobilenet_v1":
+        return MobileNetV1(config.num_classes, in_channels=config.in_channels)
+    if config.arch == "mobilenet_v2":
+        return MobileNetV2(config.num_classes, in_channels=config.in_channels)
+    raise ValueError(f"unknown arch {config.arch!r}; {_nearest_arch(config.arch)}")
+
+
+def _nearest_arch(name: str) -> str:
+    small, large = [*_DEPTHS, "small"], [*_IMAGENET_DEPTHS, "mobilenet_v1", "mobilenet_v2"]
+    hint = nearest(name, [*small, *large])
+    if not hint.startswith("known"):
+        return hint
+    return f"known: {', '.join(small)}; for ImageNet {', '.join(large)}."

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
+import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from qtemper.curvature import update_curvature
-from qtemper.data import NORMALIZATIONS, DataConfig, ImageData, Split, test_batches, train_batches
+from qtemper.data.images import batch_share
+from qtemper.data.source import Source
 from qtemper.progress import set_progress
 from qtemper.quantizer import quantizers
 from qtemper.train.allocator import keep_memory
+from qtemper.train.evaluation import evaluate, temperature
 from qtemper.train.metrics import DivergedError, MetricsLog, RunningMetrics
 from qtemper.train.optim import Loss, LossConfig, OptimConfig, build_loss, build_optimizers, set_learning_rate
+from qtemper.train.processes import (
+    add_up_statistics,
+    largest,
+    make_fabric,
+    share_buffers,
+    share_noise,
+    synchronize_batch_norm,
+)
 from qtemper.train.progress import Display
 from qtemper.train.signals import TrainingInterrupted, stop_on_signal
 from qtemper.train.state import TrainState, load_checkpoint, save_checkpoint
@@ -43,6 +57,10 @@ class TrainConfig:
         curvature_every: epochs between Hessian estimates, for methods that ask for them; 0 for never.
         curvature_batches: batches per estimate.
         curvature_draws: Hutchinson draws per batch, at most.
+        on_nonfinite: what a NaN or infinite loss or gradient does, in the step where it appears: `stop`, or `rollback`
+            to the last checkpoint and go on at half the learning rate, three times at most.
+        sync_batch_norm: with several processes, batch norm over the whole batch instead of each one's part.
+        timeout: with several processes, seconds after which one that does not answer ends the training.
     """
 
     epochs: int = 15
@@ -59,6 +77,9 @@ class TrainConfig:
     curvature_every: int = 10
     curvature_batches: int = 3
     curvature_draws: int = 50
+    on_nonfinite: Literal["stop", "rollback"] = "stop"
+    sync_batch_norm: bool = False
+    timeout: float = 1800.0
 
     def __post_init__(self) -> None:
         for name in (
@@ -76,6 +97,10 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
 
 
+MAX_ROLLBACKS = 3
+"""Rollbacks after which a training that still diverges is given up."""
+
+
 def train_step(
     model: Callable[[Tensor], Tensor],
     images: Tensor,
@@ -83,9 +108,12 @@ def train_step(
     loss: Loss,
     optimizers: list[torch.optim.Optimizer],
     autocast: contextlib.AbstractContextManager[Any],
-    clip: Callable[[], None] | None = None,
+    check: Callable[[Tensor], None],
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step; returns the loss and the number of correct predictions, both still on the device."""
+    """One optimizer step; returns the loss and the number of correct predictions, both still on the device.
+
+    `check` sees the loss when the gradients are there and before any parameter moves; it raises to prevent that.
+    """
     with autocast:
         logits = model(images)
     logits = logits.float()
@@ -93,8 +121,7 @@ def train_step(
     for optimizer in optimizers:
         optimizer.zero_grad()
     value.backward()  # type: ignore[no-untyped-call]
-    if clip is not None:
-        clip()
+    check(value.detach())
     for optimizer in optimizers:
         optimizer.step()
     return value.detach(), (logits.detach().argmax(dim=1) == labels).sum()
@@ -102,27 +129,27 @@ def train_step(
 
 def fit(
     model: nn.Module,
-    data: ImageData,
+    source: Source,
     config: TrainConfig,
     *,
-    data_config: DataConfig,
     seed: int = 0,
     out: Path | None = None,
     resume: bool = False,
     teacher: nn.Module | None = None,
+    fabric: Fabric | None = None,
     title: str = "train",
 ) -> list[dict[str, Any]]:
     """Train a model in place.
 
     Args:
         model: a float model, or a prepared and calibrated one.
-        data: images in memory; they are moved to the model's device.
+        source: batches of images.
         config: how to train.
-        data_config: normalisation and augmentation.
         seed: of the order of images and their augmentation.
         out: directory for `metrics.jsonl` and `checkpoints/`; None writes nothing.
         resume: continue from the newest sound checkpoint in `out`.
         teacher: float model for distillation.
+        fabric: the processes to train on; those that torchrun started, or this one alone, if not given.
         title: leads the progress bar.
 
     Returns:
@@ -130,189 +157,213 @@ def fit(
 
     Raises:
         TrainingInterrupted: on Ctrl-C or SIGTERM, after a checkpoint.
-        DivergedError: the loss is not finite.
+        DivergedError: a loss or gradient is not finite, and `on_nonfinite` is `stop` or rollbacks did not help.
         CheckpointError: nothing to resume from, or a checkpoint cannot be written.
     """
-    keep_memory()
-    device = next(model.parameters()).device
-    data = data.to(device)
-    steps = len(data.train) // config.batch_size
-    if steps == 0:
-        raise ValueError(f"batch_size {config.batch_size} is more than the {len(data.train)} images; lower it.")
+    if config.batch_size > source.train_size:
+        raise ValueError(f"batch_size {config.batch_size} is more than the {source.train_size} images; lower it.")
     if resume and out is None:
         raise ValueError("resume needs the directory that holds the checkpoints: set out.")
-    total = steps * config.epochs
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if teacher is not None:
-        teacher.to(device).eval()
-    loss = build_loss(config.loss, teacher)
-    state = TrainState(
-        model, build_optimizers(model, config.optim), config_hash=_config_hash(config, data_config, seed)
-    )
-    log = MetricsLog(out, tensorboard=config.tensorboard)
-    if resume and out is not None:
-        for line in load_checkpoint(out / "checkpoints", state):
-            print(line)
-        log.truncate(state.step)
-    _advance(model, state.step, total)
-    forward = torch.compile(model, fullgraph=True) if config.compile else model
-    batches = _Batches(data, config, data_config, seed)
-    with (
-        Display(config.epochs, steps, config.batch_size, state.step, title) as display,
-        stop_on_signal() as stopped,
-    ):
-        for epoch in range(state.step // steps, config.epochs):
-            _train_epoch(epoch, state, forward, loss, batches, config, display, log, stopped, out)
-            _finish_epoch(epoch, state, loss, batches, config, display, log)
-            due = (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == config.epochs
-            path = _checkpoint(state, out) if due or stopped else None
-            if stopped:
-                raise TrainingInterrupted(stopped[0], state.step, path)
-    return state.history
+    keep_memory()
+    trainer = _Trainer(model, source, config, seed, out, teacher, fabric or make_fabric(timeout=config.timeout))
+    return trainer.run(resume, title)
 
 
-class _Batches:
-    """Normalised batches of an epoch, on the device."""
+class _Trainer:
+    """What the parts of one training share."""
 
-    def __init__(self, data: ImageData, config: TrainConfig, data_config: DataConfig, seed: int) -> None:
-        self.data, self.seed = data, seed
-        self.batch_size, self.data_config = config.batch_size, data_config
-        self.mean, self.std = NORMALIZATIONS[data_config.normalization]
+    def __init__(
+        self,
+        model: nn.Module,
+        source: Source,
+        config: TrainConfig,
+        seed: int,
+        out: Path | None,
+        teacher: nn.Module | None,
+        fabric: Fabric,
+    ) -> None:
+        self.source, self.config, self.seed, self.out, self.fabric = source, config, seed, out, fabric
+        batch_share(config.batch_size, fabric.world_size)
+        self.steps = source.train_size // config.batch_size
+        self.total = self.steps * config.epochs
         self.format = torch.channels_last if config.channels_last else torch.contiguous_format
+        model.to(fabric.device)
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.sync_batch_norm and fabric.world_size > 1:
+            synchronize_batch_norm(model)
+        share_noise(model, fabric.global_rank)
+        if teacher is not None:
+            teacher.to(fabric.device).eval()
+        self.loss = build_loss(config.loss, teacher)
+        plain = {"source": source.name, "seed": seed, "train": json.loads(json.dumps(dataclasses.asdict(config)))}
+        self.state = TrainState(
+            model,
+            build_optimizers(model, config.optim),
+            config_hash=hashlib.sha256(repr((config, source.name, seed)).encode()).hexdigest(),
+            config=plain,
+            world_size=fabric.world_size,
+        )
+        self.running = RunningMetrics(config.batch_size, self.state.totals)
+        self.log = MetricsLog(out if fabric.is_global_zero else None, tensorboard=config.tensorboard)
+        self.rollbacks = 0
 
-    def train(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in train_batches(
-            self.data.train,
-            self.batch_size,
+    def run(self, resume: bool, title: str) -> list[dict[str, Any]]:
+        """Train to the end."""
+        config, state = self.config, self.state
+        if resume:
+            self.restore()
+        else:
+            self.log.truncate(0)
+        self.advance()
+        compiled = torch.compile(state.model, fullgraph=True) if config.compile else state.model
+        self.forward: Callable[[Tensor], Tensor] = compiled
+        if self.fabric.world_size > 1:
+            assert isinstance(compiled, nn.Module)
+            # Fabric would compile the wrapper anew, with its graph breaks; the network inside is compiled already.
+            self.forward = self.fabric.setup_module(compiled, move_to_device=False, _reapply_compile=False)
+        self.display = Display(
+            config.epochs, self.steps, config.batch_size, state.step, title, quiet=not self.fabric.is_global_zero
+        )
+        with self.display, stop_on_signal() as self.stopped:
+            while state.step < self.total:
+                try:
+                    self.epoch()
+                except DivergedError as error:
+                    self.roll_back(error)
+        return state.history
+
+    def epoch(self) -> None:
+        """The rest of the epoch under way, its evaluation and checkpoint."""
+        state, config = self.state, self.config
+        epoch = state.step // self.steps
+        state.model.train()
+        for images, labels in self.batches(epoch, state.step % self.steps):
+            self.step(images, labels)
+            signum = int(largest([float(self.stopped[0] if self.stopped else 0)], self.fabric)[0])
+            # After an epoch's last step, stop when the epoch is evaluated and in the history.
+            if signum and state.step % self.steps:
+                self.running.take(state.step, self.fabric)  # a checkpoint keeps the epoch's sums
+                raise TrainingInterrupted(signum, state.step, self.checkpoint())
+        state.history.append({"epoch": epoch + 1, "step": state.step, **self.running.epoch(state.step, self.fabric)})
+        self.finish_epoch(epoch)
+        signum = int(largest([float(self.stopped[0] if self.stopped else 0)], self.fabric)[0])
+        due = (epoch + 1) % config.checkpoint_every == 0 or state.step == self.total
+        path = self.checkpoint() if due or signum else None
+        if signum:
+            raise TrainingInterrupted(signum, state.step, path)
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """One optimizer step and what is reported of it."""
+        state, config = self.state, self.config
+        set_learning_rate(state.optimizers, config.optim.schedule(state.step / self.total) * state.lr_factor)
+        device = self.fabric.device.type
+        autocast = torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16")
+        self.running.add(*train_step(self.forward, images, labels, self.loss, state.optimizers, autocast, self.check))
+        state.step += 1
+        self.advance()
+        if state.step % config.log_every == 0 or state.step % self.steps == 0:
+            value, top1 = self.running.take(state.step, self.fabric)
+            heat = temperature(state.model)
+            rate = state.optimizers[0].param_groups[0]["lr"]
+            self.log.write(step=state.step, loss=value, top1=top1, temperature=heat, lr=rate)
+            self.display.step(state.step, value, top1, heat)
+
+    def check(self, value: Tensor) -> None:
+        """Clip the gradient, and refuse the step on all processes if a loss or gradient is not finite on one."""
+        parameters = [p for p in self.state.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        (bad,) = largest([float(not math.isfinite(float(value + norm)))], self.fabric)
+        if bad:
+            raise DivergedError(
+                f"the loss or a gradient is NaN or infinite in step {self.state.step + 1}; lower optim.lr or "
+                "optim.quantizer_lr, set optim.clip_norm, or set on_nonfinite=rollback."
+            )
+        if self.config.optim.clip_norm > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_norm, norm)
+
+    def finish_epoch(self, epoch: int) -> None:
+        """Test accuracy, one line of metrics, and the Hessian for methods that ask for it."""
+        state, config = self.state, self.config
+        share_buffers(state.model, self.fabric)
+        last = state.step == self.total
+        due = last or (config.evaluate_every > 0 and (epoch + 1) % config.evaluate_every == 0)
+        metrics = state.history[-1]
+        metrics["test_top1"] = evaluate(state.model, self.source, fabric=self.fabric) if due else None
+        metrics["temperature"] = temperature(state.model)
+        metrics["images_per_second"] = round(self.display.images_per_second(state.step), 1)
+        self.log.write(**metrics)
+        self.display.epoch(metrics)
+        if config.curvature_every and (epoch + 1) % config.curvature_every == 0 and not last:
+            whole = self.source.train_batches(config.batch_size, seed=self.seed, epoch=epoch + 1)
+            sample = [self.to_device(batch) for batch, _ in zip(whole, range(config.curvature_batches), strict=False)]
+            update_curvature(
+                state.model,
+                sample,
+                lambda model, batch: self.loss(model(batch[0]), batch[1], batch[0]),
+                max_draws=config.curvature_draws,
+                seed=self.seed + epoch,
+            )
+
+    def batches(self, epoch: int, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's part of an epoch's batches, on the device."""
+        fabric = self.fabric
+        for batch in self.source.train_batches(
+            self.config.batch_size,
             seed=self.seed,
             epoch=epoch,
             first_step=first_step,
-            padding=self.data_config.padding,
-            flip=self.data_config.flip,
-            mean=self.mean,
-            std=self.std,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
         ):
-            yield images.contiguous(memory_format=self.format), labels
+            yield self.to_device(batch)
 
+    def to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Images in the memory format of the network, and labels."""
+        images, labels = (t.to(self.fabric.device, non_blocking=True) for t in batch)
+        return images.contiguous(memory_format=self.format), labels
 
-def _train_epoch(
-    epoch: int,
-    state: TrainState,
-    forward: Callable[[Tensor], Tensor],
-    loss: Loss,
-    batches: _Batches,
-    config: TrainConfig,
-    display: Display,
-    log: MetricsLog,
-    stopped: list[int],
-    out: Path | None,
-) -> None:
-    state.model.train()
-    device = next(state.model.parameters()).device
-    steps = len(batches.data.train) // config.batch_size
-    clip = _clipping(state.model, config.optim.clip_norm)
-    running = RunningMetrics(config.batch_size, state.totals)
-    for images, labels in batches.train(epoch, state.step % steps):
-        progress = state.step / (steps * config.epochs)
-        set_learning_rate(state.optimizers, config.optim.schedule(progress))
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-        running.add(*train_step(forward, images, labels, loss, state.optimizers, autocast, clip))
-        state.step += 1
-        _advance(state.model, state.step, steps * config.epochs)
-        if state.step % config.log_every == 0 or state.step % steps == 0:
-            value, top1 = running.take(state.step)
-            heat = temperature(state.model)
-            rate = state.optimizers[0].param_groups[0]["lr"]
-            log.write(step=state.step, loss=value, top1=top1, temperature=heat, lr=rate)
-            display.step(state.step, value, top1, heat)
-        if stopped and running.recent:
-            running.take(state.step)  # a checkpoint keeps the epoch's sums
-        # After an epoch's last step `fit` stops, when the epoch is evaluated and in the history.
-        if stopped and state.step % steps:
-            raise TrainingInterrupted(stopped[0], state.step, _checkpoint(state, out))
-    state.history.append({"epoch": epoch + 1, "step": state.step, **running.epoch(state.step)})
+    def advance(self) -> None:
+        """Add up the step's statistics and tell the quantizers how far training is."""
+        if any(True for _ in quantizers(self.state.model)):
+            add_up_statistics(self.state.model, self.fabric)
+            set_progress(self.state.model, self.state.step / self.total)
 
+    def checkpoint(self) -> Path | None:
+        """Write a checkpoint where there is a directory for it, but none that diverged."""
+        if self.out is None:
+            return None
+        path = None
+        if not all(bool(torch.isfinite(p).all()) for p in self.state.model.parameters()):
+            raise DivergedError(
+                f"the weights became NaN or infinite in step {self.state.step}; lower optim.lr or optim.quantizer_lr, "
+                "or set optim.clip_norm. Earlier checkpoints are sound."
+            )
+        if self.fabric.is_global_zero:
+            path = save_checkpoint(self.out / "checkpoints", self.state)
+        self.fabric.barrier()
+        return path
 
-def _checkpoint(state: TrainState, out: Path | None) -> Path | None:
-    """Write a checkpoint where there is a directory for it, but none that diverged: resuming it would be in vain."""
-    if out is None:
-        return None
-    if not all(bool(torch.isfinite(p).all()) for p in state.model.parameters()):
-        raise DivergedError(
-            f"the weights became NaN or infinite by step {state.step}; lower optim.lr or optim.quantizer_lr, or set "
-            "optim.clip_norm. Earlier checkpoints are sound."
-        )
-    return save_checkpoint(out / "checkpoints", state)
+    def restore(self) -> None:
+        """Go back to the newest sound checkpoint."""
+        assert self.out is not None
+        for line in load_checkpoint(self.out / "checkpoints", self.state):
+            if self.fabric.is_global_zero:
+                print(line)
+        self.log.truncate(self.state.step)
 
-
-def _finish_epoch(
-    epoch: int,
-    state: TrainState,
-    loss: Loss,
-    batches: _Batches,
-    config: TrainConfig,
-    display: Display,
-    log: MetricsLog,
-) -> None:
-    last = epoch + 1 == config.epochs
-    due = last or (config.evaluate_every > 0 and (epoch + 1) % config.evaluate_every == 0)
-    metrics = state.history[-1]
-    metrics["test_top1"] = None
-    if due:
-        metrics["test_top1"] = evaluate(state.model, batches.data.test, batches.data_config)
-    metrics["temperature"] = temperature(state.model)
-    metrics["images_per_second"] = round(display.images_per_second(state.step), 1)
-    log.write(**metrics)
-    display.epoch(metrics)
-    if config.curvature_every and (epoch + 1) % config.curvature_every == 0 and not last:
-        sample = [batch for batch, _ in zip(batches.train(epoch + 1), range(config.curvature_batches), strict=False)]
-        update_curvature(
-            state.model,
-            sample,
-            lambda model, batch: loss(model(batch[0]), batch[1], batch[0]),
-            max_draws=config.curvature_draws,
-            seed=batches.seed + epoch,
-        )
-
-
-def evaluate(model: nn.Module, split: Split, data_config: DataConfig, *, batch_size: int = 500) -> float:
-    """Top-1 accuracy in percent, in eval mode and float32; the model's mode is kept."""
-    mean, std = NORMALIZATIONS[data_config.normalization]
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    with torch.no_grad():
-        for images, labels in test_batches(split.to(device), batch_size, mean, std):
-            correct += (model(images).argmax(dim=1) == labels).sum()
-    model.train(was_training)
-    return 100.0 * int(correct) / len(split)
-
-
-def temperature(model: nn.Module) -> float | None:
-    """The highest temperature of the model's quantizers, or None where none has any."""
-    found = [
-        float(t) for _, q in quantizers(model) if isinstance(t := getattr(q.rounding, "temperature", None), Tensor)
-    ]
-    return max(found) if found else None
-
-
-def _advance(model: nn.Module, step: int, total: int) -> None:
-    if any(True for _ in quantizers(model)):
-        set_progress(model, step / total)
-
-
-def _clipping(model: nn.Module, norm: float) -> Callable[[], None] | None:
-    if norm == 0:
-        return None
-    parameters = list(model.parameters())
-
-    def clip() -> None:
-        nn.utils.clip_grad_norm_(parameters, norm)
-
-    return clip
-
-
-def _config_hash(*parts: Any) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    def roll_back(self, error: DivergedError) -> None:
+        """Return to the last checkpoint at half the learning rate, or give up."""
+        saved = self.out is not None and any((self.out / "checkpoints").glob("step-*"))
+        if self.config.on_nonfinite == "stop" or not saved or self.rollbacks == MAX_ROLLBACKS:
+            raise error
+        self.rollbacks += 1
+        self.running.recent.clear()
+        for optimizer in self.state.optimizers:
+            optimizer.zero_grad()
+        factor = self.state.lr_factor / 2
+        self.restore()
+        self.state.lr_factor = factor
+        self.advance()
+        self.log.write(step=self.state.step, event="rollback", lr_factor=factor)
+        self.display.say(f"{error} Rolled back to step {self.state.step}, learning rate halved.")

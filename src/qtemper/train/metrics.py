@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor
+
+from qtemper.errors import CheckpointError
+from qtemper.train.processes import total
+from qtemper.train.state import write_atomically
 
 
 class DivergedError(RuntimeError):
@@ -33,8 +38,13 @@ class MetricsLog:
     def write(self, **values: Any) -> None:
         """Append a line; `step` is among the values."""
         if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(values) + "\n")
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot write {self.path}: {error.strerror or error}; make room, then continue with --resume."
+                ) from None
         if self.board is not None:
             for name, value in values.items():
                 if name != "step" and isinstance(value, int | float):
@@ -45,7 +55,8 @@ class MetricsLog:
         """Drop lines after `step`: a resumed run writes them again."""
         if self.path is not None and self.path.exists():
             lines = self.path.read_text(errors="replace").splitlines(keepends=True)
-            self.path.write_text("".join(line for line in lines if self._step(line) <= step))
+            kept = "".join(line for line in lines if self._step(line) <= step)
+            write_atomically(self.path, kept.encode())
 
     @staticmethod
     def _step(line: str) -> float:
@@ -83,15 +94,18 @@ class RunningMetrics:
         """Take one step's loss and number of correct predictions, without waiting for the device."""
         self.recent.append((loss, correct))
 
-    def take(self, step: int) -> tuple[float, float]:
-        """Mean loss and top-1 in percent since the last call.
+    def take(self, step: int, fabric: Fabric) -> tuple[float, float]:
+        """Mean loss and top-1 in percent since the last call, over all processes.
 
         Raises:
             DivergedError: the loss is not finite.
         """
         count = len(self.recent)
-        loss = float(torch.stack([x for x, _ in self.recent]).sum())
-        correct = float(torch.stack([x for _, x in self.recent]).sum())
+        if not count:
+            return math.nan, math.nan
+        losses = torch.stack([loss for loss, _ in self.recent]).double().sum() / fabric.world_size
+        hits = torch.stack([hits for _, hits in self.recent]).double().sum()
+        loss, correct = total(torch.stack([losses, hits]), fabric).tolist()
         self.recent.clear()
         if not math.isfinite(loss):
             raise DivergedError(
@@ -101,10 +115,10 @@ class RunningMetrics:
         self.totals[:] = [self.totals[0] + loss, self.totals[1] + correct, self.totals[2] + count]
         return loss / count, 100 * correct / (count * self.batch_size)
 
-    def epoch(self, step: int) -> dict[str, float]:
+    def epoch(self, step: int, fabric: Fabric) -> dict[str, float]:
         """Mean loss and top-1 of the epoch, whose sums start again."""
         if self.recent:
-            self.take(step)
+            self.take(step, fabric)
         loss, correct, count = self.totals
         count = max(count, 1)
         self.totals[:] = [0.0, 0.0, 0.0]

@@ -19,6 +19,7 @@ class Display:
         batch_size: images a step.
         first_step: steps done before (on resume).
         title: leads the bar.
+        quiet: show nothing (all processes but the first).
     """
 
     def __init__(
@@ -28,13 +29,14 @@ class Display:
         batch_size: int,
         first_step: int = 0,
         title: str = "train",
+        quiet: bool = False,
     ) -> None:
-        self.console = Console()
+        self.console = Console(quiet=quiet)
         self.num_epochs, self.steps_per_epoch, self.batch_size = num_epochs, steps_per_epoch, batch_size
         self.first_step = first_step
         self.started = time.monotonic()
         self.progress: Progress | None = None
-        if self.console.is_terminal:
+        if self.console.is_terminal and not quiet:
             self.progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=20),

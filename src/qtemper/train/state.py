@@ -2,210 +2,281 @@
 
 A checkpoint is a directory `step-<n>` with `model.safetensors`, `optimizer.safetensors`, `state.json` and, written
 last, `manifest.json` with the size and sha256 of each. It is written under a temporary name, flushed to disk, then
-renamed; loading takes the newest whose manifest verifies.
+renamed; loading takes the newest whose manifest verifies. At no moment are there fewer sound checkpoints than before:
+
+- the first one appears together with its directory, in one rename, so `checkpoints/` never exists without one;
+- one of a step that is there already first sets the old one aside as `step-<n>.replaced-<k>`, which also loads;
+- older ones go only when `KEEP` newer ones verify, and by a rename, so that none is ever seen half-deleted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
-import random
+import re
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qtemper.errors import CheckpointError
+from qtemper.train.snapshot import TrainState, capture, differences, not_finite, restore, shorten
+from qtemper.train.weights import check_fit, load_strictly, one_line, read_safetensors, to_bytes
+
+__all__ = [
+    "FORMAT",
+    "KEEP",
+    "TrainState",
+    "load_checkpoint",
+    "load_model",
+    "load_strictly",
+    "read_safetensors",
+    "save_checkpoint",
+    "save_tensors",
+    "write_atomically",
+    "write_synced",
+]
 
 KEEP = 2
-"""Number of checkpoints that stay on disk."""
+"""Number of sound checkpoints that stay on disk."""
 
-FORMAT = 1
+FORMAT = 2
+"""Format 1 is read, too: its manifest was the list of files alone."""
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+_SLACK = 64 * 2**20
+"""Bytes that a checkpoint's file may have beyond eight times the model's: more is not read."""
+
+_NAME = re.compile(r"step-(\d{1,18})(?:\.replaced-(\d{1,9}))?")
 
 
-@dataclass
-class TrainState:
-    """Everything a training needs to continue.
-
-    Attributes:
-        model: what is trained.
-        optimizers: in a fixed order.
-        step: optimizer steps done.
-        config_hash: of the training's configuration; a checkpoint of another one is refused.
-        history: metrics of the epochs done.
-        totals: sums of the epoch under way: loss, correct predictions, steps.
-        lr_factor: what rollbacks have done to the learning rate.
-    """
-
-    model: nn.Module
-    optimizers: list[torch.optim.Optimizer]
-    step: int = 0
-    config_hash: str = ""
-    history: list[dict[str, Any]] = field(default_factory=list)
-    totals: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    lr_factor: float = 1.0
+# --- writing -----------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(directory: Path, state: TrainState) -> Path:
     """Write `directory/step-<n>`; older ones beyond `KEEP` go.
 
     Raises:
-        CheckpointError: the disk is full, read-only or the like; earlier checkpoints stay untouched.
+        CheckpointError: the disk is full, read-only or the like, or a parameter is NaN or infinite; earlier
+            checkpoints stay untouched.
     """
-    final = directory / f"step-{state.step:08d}"
-    temporary = directory / f".tmp-{state.step:08d}"
-    tensors, groups = _optimizer_tensors(state.optimizers)
-    tensors["rng.torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors |= {f"rng.cuda.{i}": rng for i, rng in enumerate(torch.cuda.get_rng_state_all())}
-    document = {
-        "format": FORMAT,
-        "step": state.step,
-        "config_hash": state.config_hash,
-        "history": state.history,
-        "totals": state.totals,
-        "lr_factor": state.lr_factor,
-        "param_groups": groups,
-        "python_random": random.getstate(),
-        "numpy_random": _numpy_state(),
-    }
+    tensors, document = capture(state)
+    broken = not_finite(state, tensors)
+    if broken is not None:
+        raise CheckpointError(
+            f"{broken} is NaN or infinite at step {state.step}, so no checkpoint of it is written; earlier ones are "
+            "intact. Lower optim.lr or optim.quantizer_lr, or set optim.clip_norm."
+        )
+    versions = {"format": FORMAT, "qtemper": _version(), "torch": str(torch.__version__)}
+    name = f"step-{state.step:08d}"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
         files = {
-            "model.safetensors": _to_bytes(dict(state.model.state_dict())),
-            "optimizer.safetensors": _to_bytes(tensors),
-            "state.json": json.dumps(document).encode(),
+            "model.safetensors": to_bytes(dict(state.model.state_dict())),
+            "optimizer.safetensors": to_bytes(tensors),
+            "state.json": json.dumps(versions | document).encode(),
         }
-        for name, data in files.items():
-            write_synced(temporary / name, data)
-        manifest = {name: {"size": len(data), "sha256": _sha256(data)} for name, data in files.items()}
-        write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
-        _sync_directory(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _sync_directory(directory)
+        about = versions | {key: document[key] for key in ("step", "config_hash", "world_size")}
+        _publish(directory, name, files, about)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"cannot write a checkpoint to {directory}: {error.strerror or error}; earlier checkpoints are intact. "
             "Make room or choose another --out, then continue with --resume."
         ) from error
-    for old in _complete(directory)[KEEP:]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+    _prune(directory, name)
+    return directory / name
+
+
+def _publish(directory: Path, name: str, files: dict[str, bytes], about: dict[str, Any]) -> None:
+    """Write the files under a temporary name and rename them into place, every step of it flushed to the disk."""
+    first = not directory.is_dir()
+    home = directory.with_name(f".tmp-{directory.name}") if first else directory
+    temporary = home / f".tmp-{name}"
+    if first:
+        shutil.rmtree(home, ignore_errors=True)
+    else:
+        _clean(directory)
+    try:
+        temporary.mkdir(parents=True)
+        for file, data in files.items():
+            write_synced(temporary / file, data)
+        entries = {file: {"size": len(data), "sha256": _sha256(data)} for file, data in files.items()}
+        write_synced(temporary / "manifest.json", _seal(about | {"files": entries}))
+        _sync_directory(temporary)
+        if (home / name).exists():
+            aside = (home / f"{name}.replaced-{k}" for k in range(1, 10**9))
+            (home / name).rename(next(path for path in aside if not path.exists()))
+        temporary.rename(home / name)
+        _sync_directory(home)
+        if first:
+            home.rename(directory)
+            _sync_directory(directory.parent)
+    except OSError:
+        shutil.rmtree(home if first else temporary, ignore_errors=True)
+        raise
+
+
+def _prune(directory: Path, written: str) -> None:
+    """Remove what is older than the newest `KEEP` sound checkpoints, and what `written` replaced."""
+    sound = 0
+    for path in _complete(directory):
+        if sound >= KEEP or path.name.startswith(f"{written}.replaced-"):
+            with contextlib.suppress(OSError):
+                path.rename(directory / f".tmp-old-{path.name}")
+        elif path.name == written or _damage(path) is None:
+            sound += 1
+    _clean(directory)
+
+
+def _clean(directory: Path) -> None:
+    """Remove what a crash left half-written, or half-deleted."""
+    for path in directory.glob(".tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _seal(about: dict[str, Any]) -> bytes:
+    """A manifest's bytes; its own sha256 among them, so that damage to the manifest is noticed as well."""
+    digest = _sha256(json.dumps(about, indent=1, sort_keys=True).encode())
+    return json.dumps(about | {"sha256": digest}, indent=1, sort_keys=True).encode()
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
 
 
 def load_checkpoint(directory: Path, state: TrainState) -> list[str]:
     """Restore the newest sound checkpoint under `directory` into `state`.
 
     Returns:
-        One line for each damaged checkpoint that was passed over.
+        One line for each damaged checkpoint that was passed over, and for each difference that `state.elastic` allowed.
 
     Raises:
-        CheckpointError: none is sound, or it belongs to another configuration or model.
+        CheckpointError: none is sound, or it belongs to another configuration, model, number of processes or version
+            of qtemper; `state` is unchanged.
     """
-    path, skipped = _newest_sound(directory)
-    _restore(path, state)
-    return skipped
+    path, messages = _newest_sound(directory, state.model)
+    try:
+        document = json.loads((path / "state.json").read_bytes())
+        messages += _check_origin(path, document, state)
+        weights = read_safetensors(path / "model.safetensors")
+        check_fit(state.model, weights, path / "model.safetensors")
+        tensors = read_safetensors(path / "optimizer.safetensors")
+    except (KeyError, TypeError, AttributeError, ValueError, OSError, RecursionError, MemoryError) as error:
+        raise _malformed(path, error) from None
+    try:
+        restore(state, document, weights, tensors)
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, RecursionError, IndexError) as error:
+        raise _malformed(path, error) from None
+    return messages
 
 
 def load_model(directory: Path, model: nn.Module) -> list[str]:
     """Load the model alone from the newest sound checkpoint under `directory`; otherwise as `load_checkpoint`."""
-    path, skipped = _newest_sound(directory)
+    path, skipped = _newest_sound(directory, model)
     load_strictly(model, read_safetensors(path / "model.safetensors"), path / "model.safetensors")
     return skipped
 
 
-def _newest_sound(directory: Path) -> tuple[Path, list[str]]:
+def _malformed(path: Path, error: BaseException) -> CheckpointError:
+    if isinstance(error, CheckpointError) and str(path) in str(error):
+        return error
+    text = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    return CheckpointError(
+        f"{path} verifies but does not hold this training's state ({one_line(text)}); start again with a new --out."
+    )
+
+
+def _check_origin(path: Path, document: dict[str, Any], state: TrainState) -> list[str]:
+    """Refuse a checkpoint of other settings; returns lines about what `elastic` lets pass."""
+    if document["format"] not in (1, FORMAT):
+        raise CheckpointError(f"{path} has format {document['format']!r:.40}, this version reads 1 to {FORMAT}.")
+    if document["config_hash"] != state.config_hash:
+        config = document.get("config")
+        found = differences(config, state.config) if config and state.config else []
+        raise CheckpointError(
+            f"{path} was written under another configuration{f' ({shorten(found)})' if found else ''}; resume with "
+            "the run's own config.json, or start a new run directory."
+        )
+    changed = []
+    size, version = document.get("world_size", 1), document.get("qtemper", _version())
+    if size != state.world_size:
+        remedy = f"start {size!r:.40} (torchrun --nproc-per-node)"
+        changed.append((f"by {size!r:.40} process(es), and {state.world_size} would continue", remedy))
+    if version != _version():
+        changed.append((f"by qtemper {version!r:.40}, and this is {_version()}", "install that version"))
+    if changed and not state.elastic:
+        what, how = (", ".join(words) for words in zip(*changed, strict=True))
+        raise CheckpointError(
+            f"{path} was written {what}; {how}, or set QTEMPER_ELASTIC=1 to go on with results that are no longer the "
+            "uninterrupted run's to the bit."
+        )
+    return [f"{path.name} was written {what}; going on, as QTEMPER_ELASTIC asks." for what, _ in changed]
+
+
+def _newest_sound(directory: Path, model: nn.Module) -> tuple[Path, list[str]]:
+    limit = _SLACK + 8 * sum(t.numel() * t.element_size() for t in model.state_dict().values())
     damaged: list[str] = []
     for path in _complete(directory):
-        damage = _damage(path)
+        damage = _damage(path, limit)
         if not damage:
             return path, [f"{line}; using the one before." for line in damaged]
-        damaged.append(f"{path.name} is damaged ({damage})")
+        damaged.append(f"{path.name} is damaged ({one_line(damage)})")
     detail = f" ({'; '.join(damaged)})" if damaged else ""
     raise CheckpointError(f"no sound checkpoint in {directory}{detail}; start again with a new --out.")
 
 
-def _restore(path: Path, state: TrainState) -> None:
-    document = json.loads((path / "state.json").read_bytes())
-    if document["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {document['format']}, this version reads {FORMAT}.")
-    if document["config_hash"] != state.config_hash:
-        raise CheckpointError(
-            f"{path} was written under another configuration; resume with the run's own config.json, "
-            "or start a new run directory."
-        )
-    load_strictly(state.model, read_safetensors(path / "model.safetensors"), path / "model.safetensors")
-    tensors = read_safetensors(path / "optimizer.safetensors")
-    for i, (optimizer, groups) in enumerate(zip(state.optimizers, document["param_groups"], strict=True)):
-        optimizer.load_state_dict({"state": _unflatten(tensors, f"{i}."), "param_groups": groups})
-    torch.set_rng_state(tensors["rng.torch"])
-    if torch.cuda.is_available() and "rng.cuda.0" in tensors:
-        torch.cuda.set_rng_state_all([tensors[f"rng.cuda.{i}"] for i in range(torch.cuda.device_count())])
-    version, internal, gauss = document["python_random"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = document["numpy_random"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002 (the state users' code has)
-    state.step = document["step"]
-    state.history[:] = document["history"]
-    state.totals[:] = document["totals"]
-    state.lr_factor = document["lr_factor"]
-
-
-def _numpy_state() -> list[Any]:
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 (the state users' code has)
-    return [name, np.asarray(keys).tolist(), *rest]
-
-
-def _optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], list[Any]]:
-    tensors, groups = {}, []
-    for i, optimizer in enumerate(optimizers):
-        document = optimizer.state_dict()
-        groups.append(document["param_groups"])
-        for index, entries in document["state"].items():
-            for key, value in entries.items():
-                if value is not None:
-                    tensors[f"{i}.{index}.{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
-    return tensors, groups
-
-
-def _unflatten(tensors: dict[str, Tensor], prefix: str) -> dict[int, dict[str, Tensor]]:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith(prefix):
-            index, key = name[len(prefix) :].split(".", 1)
-            state.setdefault(int(index), {})[key] = tensor
-    return state
-
-
 def _complete(directory: Path) -> list[Path]:
-    """Checkpoint directories, newest first; temporary ones do not count."""
-    return sorted(directory.glob("step-*"), reverse=True) if directory.is_dir() else []
+    """Checkpoint directories, newest first; temporary ones do not count, and replaced ones come after their step's."""
+    found = []
+    for path in directory.glob("step-*") if directory.is_dir() else ():
+        name = _NAME.fullmatch(path.name)
+        if name is not None:
+            found.append(((int(name[1]), name[2] is None, int(name[2] or 0)), path))
+    return [path for _, path in sorted(found, reverse=True)]
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+def _damage(path: Path, limit: int | None = None) -> str | None:
+    """What is wrong with a checkpoint, or None; a file of more than `limit` bytes is not read."""
     try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
-        for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
-            data = (path / name).read_bytes()
-            if len(data) != manifest[name]["size"] or _sha256(data) != manifest[name]["sha256"]:
+        entries = _read_manifest(path / "manifest.json")
+        for name in FILES:
+            file = path / name
+            if not file.is_file():  # nor a pipe, which would never end
+                return f"{name} is missing"
+            size = file.stat().st_size
+            if limit is not None and size > limit:
+                return f"{name} has {size} bytes, more than this model's could"
+            if size != entries[name]["size"] or _sha256_of(file) != entries[name]["sha256"]:
                 return f"{name} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
-# --- files ---------------------------------------------------------------------------------------------------
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest's entry for each file. Its names are never made into paths; others than ours are refused."""
+    if not path.is_file():
+        raise ValueError("manifest.json is missing")
+    with path.open("rb") as file:
+        raw = file.read(2**20)
+    manifest = json.loads(raw)
+    if not isinstance(manifest, dict):
+        raise ValueError("manifest.json is no object")
+    entries: Any = manifest
+    if "files" in manifest:
+        if raw != _seal({key: value for key, value in manifest.items() if key != "sha256"}):
+            raise ValueError("manifest.json does not match its checksum")
+        entries = manifest["files"]
+    if not isinstance(entries, dict) or set(entries) != set(FILES):
+        raise ValueError("manifest.json does not list the three files of a checkpoint")
+    return entries
+
+
+# --- files -------------------------------------------------------------------------------------------------------
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -224,69 +295,33 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.replace(path)
         _sync_directory(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A safetensors file, atomically."""
-    write_atomically(path, _to_bytes(tensors, metadata))
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
-
-    Raises:
-        CheckpointError: the file is missing, damaged or not safetensors.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a directory; give a .safetensors file.")
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; give a .safetensors file.")
-    try:
-        return load(path.read_bytes())
-    except (SafetensorError, ValueError, OSError, RuntimeError, KeyError) as error:
-        hint = "pickled .pt/.pth files are never opened; convert with safetensors.torch.save_file(state_dict, path)"
-        raise CheckpointError(f"{path} is no sound safetensors file ({error}); {hint}.") from None
-
-
-def load_strictly(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Load a state dict; every key and shape must match.
-
-    Raises:
-        CheckpointError: with the first differences; the model is unchanged.
-    """
-    own = model.state_dict()
-    quantized = any("_quantizer." in key for key in tensors)
-    expected = own if quantized else {k: v for k, v in own.items() if "_quantizer." not in k}
-    # Older checkpoints lack batch norm's step counter, which torch itself does not insist on.
-    problems = [f"missing {k}" for k in expected if k not in tensors and not k.endswith("num_batches_tracked")]
-    problems += [f"unexpected {key}" for key in tensors if key not in expected]
-    problems += [
-        f"{key} has shape {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in expected
-        if key in tensors and tensors[key].shape != own[key].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(
-            f"{source} does not fit the model: {'; '.join(problems[:3])}{more}. Choose the recipe (or --set model.*) "
-            "of the network it was trained with."
-        )
-    model.load_state_dict(tensors)
-
-
-def _to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    from safetensors.torch import save
-
-    return save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
+    write_atomically(path, to_bytes(tensors, metadata))
 
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("qtemper")
+    except importlib.metadata.PackageNotFoundError:  # a source tree on the path
+        return "unknown"
 
 
 def _sync_directory(path: Path) -> None:

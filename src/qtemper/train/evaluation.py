@@ -1,0 +1,37 @@
+"""Test accuracy, and the temperature of a model."""
+
+from __future__ import annotations
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from qtemper.data.source import Source
+from qtemper.quantizer import quantizers
+from qtemper.train.processes import make_fabric, total
+
+
+def evaluate(model: nn.Module, source: Source, *, batch_size: int = 500, fabric: Fabric | None = None) -> float:
+    """Top-1 accuracy in percent on the test images, in eval mode and float32; the model's mode is kept.
+
+    With several processes each sees its part of the batches.
+    """
+    fabric = fabric or make_fabric()
+    device = next(model.parameters()).device
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    with torch.no_grad():
+        for images, labels in source.test_batches(batch_size, rank=fabric.global_rank, world_size=fabric.world_size):
+            correct += (model(images.to(device)).argmax(dim=1) == labels.to(device)).sum()
+    for module, mode in modes.items():
+        module.training = mode
+    return 100.0 * int(total(correct, fabric)) / source.test_size
+
+
+def temperature(model: nn.Module) -> float | None:
+    """The highest temperature of the model's quantizers, or None where none has any."""
+    found = [
+        float(t) for _, q in quantizers(model) if isinstance(t := getattr(q.rounding, "temperature", None), Tensor)
+    ]
+    return max(found) if found else None

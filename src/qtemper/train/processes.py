@@ -1,0 +1,150 @@
+"""Several processes: what they share out, what they must agree on.
+
+Devices, launching and the gradient all-reduce are lightning-fabric's. Ours: noise that does not depend on the number
+of processes, statistics and decisions that all ranks share, batch norm over the global batch on any device.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
+from torch import Tensor, nn
+
+from qtemper.layers import QuantLayer
+from qtemper.quantizer import NoiseSource, quantizers
+
+
+def make_fabric(*, timeout: float = 1800.0) -> Fabric:
+    """A Fabric for the processes that torchrun (or Slurm) started, or for this one alone.
+
+    Args:
+        timeout: seconds after which a collective that some rank does not join ends the training.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    if world_size == 1:
+        return Fabric(accelerator="auto", devices=1)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world_size)))
+    strategy = DDPStrategy(timeout=datetime.timedelta(seconds=timeout))
+    fabric = Fabric(accelerator="auto", devices=local, num_nodes=world_size // local, strategy=strategy)
+    fabric.launch()
+    return fabric
+
+
+def share_noise(model: nn.Module, rank: int) -> None:
+    """Let activation noise count over the global batch, of which this process has the `rank`-th part."""
+    for layer in model.modules():
+        if isinstance(layer, QuantLayer) and layer.act_quantizer is not None:
+            for module in layer.act_quantizer.modules():
+                if isinstance(module, NoiseSource):
+                    module.part = rank
+
+
+def share_state(model: nn.Module, fabric: Fabric) -> None:
+    """Give every process the first one's parameters, buffers and calibrated grids."""
+    if fabric.world_size > 1:
+        model.load_state_dict(fabric.broadcast(model.state_dict()))
+
+
+def share_buffers(model: nn.Module, fabric: Fabric) -> None:
+    """Give every process the first one's buffers, as DistributedDataParallel does before each forward pass."""
+    if fabric.world_size > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+def add_up_statistics(model: nn.Module, fabric: Fabric) -> None:
+    """Sum the roundings' statistics of the step over all processes, in one message."""
+    if fabric.world_size == 1:
+        return
+    buffers = [buffer for _, q in quantizers(model) for buffer in q.rounding.statistics()]
+    if buffers:
+        total = torch.cat(buffers)
+        torch.distributed.all_reduce(total)
+        for buffer, part in zip(buffers, torch.split(total, [b.numel() for b in buffers]), strict=True):
+            buffer.copy_(part)
+
+
+def largest(values: list[float], fabric: Fabric) -> list[float]:
+    """Elementwise maximum over all processes: how they agree to stop."""
+    if fabric.world_size == 1:
+        return values
+    together = torch.tensor(values, dtype=torch.float64, device=fabric.device)
+    torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX)
+    return together.tolist()
+
+
+def total(values: Tensor, fabric: Fabric) -> Tensor:
+    """Sum over all processes."""
+    if fabric.world_size > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over processes; so is its gradient, since every process's loss depends on every summand."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        torch.distributed.all_reduce(grad)
+        return grad
+
+
+class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the batches of all processes, on any device; put in place by `synchronize_batch_norm`."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise by the global batch in training, by the running statistics in evaluation."""
+        if not (self.training and torch.distributed.is_initialized()):
+            normalized: Tensor = nn.functional.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps
+            )
+            return normalized
+        dims = [d for d in range(x.dim()) if d != 1]
+        local = x.float()
+        # In double precision, where the difference of two sums is harmless.
+        wide = torch.float64
+        count = torch.full((1,), float(x.numel() // x.shape[1]), dtype=wide, device=x.device)
+        sums = torch.cat([local.sum(dims, dtype=wide), local.square().sum(dims, dtype=wide), count])
+        sums = _AllReduceSum.apply(sums)  # type: ignore[no-untyped-call]
+        assert isinstance(sums, Tensor)
+        mean, square = sums[:-1].div(sums[-1]).chunk(2)
+        variance = (square - mean**2).clamp_min(0)
+        mean, variance = mean.float(), variance.float()
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        if self.running_mean is not None and self.running_var is not None:
+            # None asks for the plain average of all batches.
+            momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked or 1)
+            n = sums[-1].detach().float()
+            self.running_mean.lerp_(mean.detach(), momentum)
+            self.running_var.lerp_(variance.detach() * n / (n - 1), momentum)
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        scale = torch.rsqrt(variance + self.eps) * (1.0 if self.weight is None else self.weight)
+        shift = -mean * scale + (0.0 if self.bias is None else self.bias)
+        return (local * scale.view(shape) + shift.view(shape)).to(x.dtype)
+
+
+def synchronize_batch_norm(model: nn.Module) -> nn.Module:
+    """Let every batch norm use the global batch; torch's SyncBatchNorm on CUDA, which has no CPU form."""
+    if next(model.parameters()).is_cuda:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return, no-untyped-call]
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            module.__class__ = _GlobalBatchNorm  # type: ignore[assignment]
+    return model
