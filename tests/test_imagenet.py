@@ -36,7 +36,10 @@ from qtemper.models.mobilenet import SameConv2d
 from qtemper.progress import set_progress
 
 Image = pytest.importorskip("PIL.Image")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # torch's advice where there is one core
+]
 
 CONFIG = DataConfig("imagenet", "folder", "imagenet", image_size=32, workers=0)
 SETTINGS: Any = {"seed": 3, "epoch": 5}
@@ -160,7 +163,6 @@ def test_float_mobilenet_v1_reaches_its_accuracy(shared_data: Path) -> None:
     config = DataConfig("imagenet", "folder", "half", workers=1)
     source = load_imagenet(config, shared_data / "imagenet" / "nips2017")
     assert (source.test_size, len(source.classes), source.classes[:2]) == (1000, 1000, ("tench", "goldfish"))
-    torch.set_num_threads(2)
     correct = 0
     with torch.inference_mode():
         for images, labels in source.test_batches(50):
@@ -596,8 +598,8 @@ def test_skipped_images_are_replaced_by_the_next_and_reported(workers: int, own_
     paths[8].write_bytes(b"x")
     with pytest.warns(UserWarning, match="skipped") as caught:
         batches = list(source.train_batches(5, **SETTINGS))
-    assert {str(w.message).split()[1] for w in caught} == {str(paths[7]), str(paths[8])}
-    assert len(caught) == 2
+    skipped = [words[1] for w in caught if (words := str(w.message).split())[0] == "skipped:"]
+    assert sorted(skipped) == [str(paths[7]), str(paths[8])]
     slot = {i: s for s, i in enumerate(epoch_order(15, **SETTINGS).tolist())}
     images = torch.cat([x for x, _ in batches])
     for i in range(15):
