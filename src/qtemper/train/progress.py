@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Display:
@@ -39,11 +39,10 @@ class Display:
         if self.console.is_terminal and not quiet:
             self.progress = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
+                BarColumn(bar_width=6),
                 TextColumn("{task.fields[status]}"),
-                TimeElapsedColumn(),
                 TextColumn("left"),
-                TimeRemainingColumn(),
+                TimeRemainingColumn(compact=True),
                 console=self.console,
             )
             total = num_epochs * steps_per_epoch
@@ -68,10 +67,10 @@ class Display:
         """Move the bar to `step` optimizer steps done."""
         if self.progress is None:
             return
-        heat = "" if temperature is None else f"  T {temperature:.3f}"
+        heat = "" if temperature is None else f" T {temperature:.3f}"
         status = (
-            f"epoch {min(step // self.steps_per_epoch + 1, self.num_epochs)}/{self.num_epochs}  step {step}  "
-            f"loss {loss:.3f}  top-1 {top1:.1f}%{heat}  {self.images_per_second(step):,.0f} img/s"
+            f"epoch {min(step // self.steps_per_epoch + 1, self.num_epochs)}/{self.num_epochs} step {step} "
+            f"loss {loss:.3f} top-1 {top1:.1f}%{heat} {self.images_per_second(step):,.0f} img/s"
         )
         self.progress.update(self.task, completed=step, status=status)
 
