@@ -41,7 +41,6 @@ class Display:
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=6),
                 TextColumn("{task.fields[status]}"),
-                TextColumn("left"),
                 TimeRemainingColumn(compact=True),
                 console=self.console,
             )
