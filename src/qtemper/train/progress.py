@@ -39,7 +39,7 @@ class Display:
         if self.console.is_terminal and not quiet:
             self.progress = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=6),
+                BarColumn(bar_width=4),
                 TextColumn("{task.fields[status]}"),
                 TimeRemainingColumn(compact=True),
                 console=self.console,
@@ -66,10 +66,10 @@ class Display:
         """Move the bar to `step` optimizer steps done."""
         if self.progress is None:
             return
-        heat = "" if temperature is None else f" T {temperature:.3f}"
+        heat = "" if temperature is None else f" T {temperature:.2f}"
         status = (
             f"epoch {min(step // self.steps_per_epoch + 1, self.num_epochs)}/{self.num_epochs} step {step} "
-            f"loss {loss:.3f} top-1 {top1:.1f}%{heat} {self.images_per_second(step):,.0f} img/s"
+            f"loss {loss:.2f} top-1 {top1:.1f}{heat} {self.images_per_second(step):,.0f} img/s"
         )
         self.progress.update(self.task, completed=step, status=status)
 
