@@ -1,4 +1,4 @@
-"""The `qtemper` command: train, evaluate, recipes, demo."""
+"""The `qtemper` command: train, evaluate, recipes."""
 
 from __future__ import annotations
 

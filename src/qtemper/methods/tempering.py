@@ -14,7 +14,7 @@ Our reading, everything below (no text beyond the abstract, and no code, was ava
 
 The noise is zero on grid points and in the clipped region, largest at bin edges, and measured in bins. In
 expectation `L(x_hat)` gains `T^2 / 2 * Var(zeta) * sum e^2 s^2 H_ii`: the curvature term.
-Identities: T = 0 and delta = 0 is LSQ; T = 0 and delta > 0 is EWGS; both to the bit (tests/test_tempering.py).
+Identities: T = 0 and delta = 0 is LSQ; T = 0 and delta > 0 is EWGS; both to the bit (tests/test_methods.py).
 
 Noise (`noise`): `uniform` U(-sqrt3, sqrt3), `rademacher` +-1, `gaussian`, all of unit variance; `toward_input`
 zeta ~ U(0, 1), v' between q and v; `on_grid` v' = q + sign(e) with probability T |e|, integers throughout (at T = 1

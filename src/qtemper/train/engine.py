@@ -240,18 +240,22 @@ class _Trainer:
         state.model.train()
         for images, labels in self.batches(epoch, state.step % self.steps):
             self.step(images, labels)
-            signum = int(largest([float(self.stopped[0] if self.stopped else 0)], self.fabric)[0])
+            signum = self.stop_signal()
             # After an epoch's last step, stop when the epoch is evaluated and in the history.
             if signum and state.step % self.steps:
                 self.running.take(state.step, self.fabric)  # a checkpoint keeps the epoch's sums
                 raise TrainingInterrupted(signum, state.step, self.checkpoint())
         state.history.append({"epoch": epoch + 1, "step": state.step, **self.running.epoch(state.step, self.fabric)})
         self.finish_epoch(epoch)
-        signum = int(largest([float(self.stopped[0] if self.stopped else 0)], self.fabric)[0])
+        signum = self.stop_signal()
         due = (epoch + 1) % config.checkpoint_every == 0 or state.step == self.total
         path = self.checkpoint() if due or signum else None
         if signum:
             raise TrainingInterrupted(signum, state.step, path)
+
+    def stop_signal(self) -> int:
+        """The signal that any process has received, or 0: all stop in the same step."""
+        return int(largest([float(self.stopped[0] if self.stopped else 0)], self.fabric)[0])
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """One optimizer step and what is reported of it."""
