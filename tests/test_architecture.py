@@ -18,6 +18,7 @@ SOURCE = Path(qtemper.__file__).parent
 LAYERS = [
     {"errors", "functional", "counter", "schedules"},
     {"quantizer"},
+    {"fast"},
     {"methods", "layers", "progress"},
     {"policy", "prepare", "calibrate", "curvature", "models", "data"},
     {"train"},

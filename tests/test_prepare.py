@@ -44,7 +44,8 @@ def test_every_layer_kind_is_the_float_layer_on_quantized_operands(name, granula
     assert isinstance(quantized, type(layer))
     with torch.no_grad():
         layer.weight.copy_(quantized.weight_quantizer(quantized.latent_weight))
-    assert torch.equal(model(x), layer(quantized.act_quantizer(x)))
+    # The convolution of codes is exact, that of floats is rounded in every sum.
+    torch.testing.assert_close(model(x), layer(quantized.act_quantizer(x)), rtol=1e-5, atol=1e-6)
     # 8 bits on both: close to the float layer at once.
     original, _ = LAYERS[name]
     assert (model(x) - original(x)).abs().max() < 0.1 * original(x).abs().max()
@@ -58,10 +59,10 @@ def test_a_users_subclass_keeps_its_forward_and_survives_pickling():
     layer = model[0]
     assert isinstance(layer, Doubling)
     expected = 2 * nn.functional.linear(layer.act_quantizer(x), layer.weight, layer.bias)
-    assert torch.equal(model(x), expected)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(twin[0]) is type(layer)
-        assert torch.equal(twin(x), expected)
+        assert torch.equal(twin(x), model(x))
 
 
 class Doubling(nn.Linear):

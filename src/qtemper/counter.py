@@ -61,21 +61,39 @@ def _shift_right(h: Tensor, bits: int) -> Tensor:
 
 
 def counter_uniform(index: Tensor, key: Tensor) -> Tensor:
-    """Uniform float32 in (0, 1), a pure function of `index` and `key` (see `counter_bits`).
+    """Uniform float32 in (0, 1), a pure function of `index` and `key` (see `counter_bits`)."""
+    return uniform(counter_bits(index, key))
+
+
+def uniform(bits: Tensor) -> Tensor:
+    """Uniform float32 in (0, 1) from the upper 23 of 32 bits.
 
     23 bits and a half: every value is exact in float32, 0 and 1 never occur, the distribution is symmetric.
     """
-    return (_shift_right(counter_bits(index, key), 9).to(torch.float32) + 0.5) * 2.0**-23
+    return (_shift_right(bits, 9).to(torch.float32) + 0.5) * 2.0**-23
+
+
+def coarse_uniform(bits: Tensor) -> Tensor:
+    """Uniform float32 in (0, 1) from the lower 9 of 32 bits, which `uniform` leaves."""
+    return ((bits & 511).to(torch.float32) + 0.5) * 2.0**-9
 
 
 def element_index(x: Tensor, first: int = 0) -> Tensor:
-    """Index of each element of `x` in row-major order, int32, shape of `x`; the memory format does not matter.
+    """Index of each element of `x`, int32, shape of `x`; the same in every memory format.
+
+    Row-major order, with channels last in images: the order in which images usually lie in memory here, so that a
+    compiler turns the index into a plain counter.
 
     Args:
         x: any tensor.
         first: index of the first element; counts beyond 2**31 wrap around.
     """
-    index = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
+    index = torch.arange(x.numel(), dtype=torch.int32, device=x.device)
+    if x.dim() == 4:
+        count, channels, height, width = x.shape
+        index = index.view(count, height, width, channels).permute(0, 3, 1, 2)
+    else:
+        index = index.view(x.shape)
     return index + _signed32(first & 0xFFFFFFFF) if first else index
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtemper.fast import fast_path
+from qtemper.fast import layer as fast
 from qtemper.quantizer import Quantizer
 
 QUANTIZERS = {"weight": "weight_quantizer", "activation": "act_quantizer"}
@@ -39,6 +41,8 @@ class QuantLayer(nn.Module):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The float layer's forward on quantized operands."""
+        if fast_path() and fast.supported(self, input):
+            return fast.forward(self, input)
         if self.weight_quantizer is not None:
             self.weight_quantizer.require_calibrated()
         if self.act_quantizer is not None:

@@ -62,12 +62,16 @@ class Grid(nn.Module, ABC):
 
     Subclasses are final. They hold their parameters, in final shape, from construction on.
 
+    Attributes:
+        has_offset: whether x = 0 can lie off the grid, so that levels are no multiples of half a bin.
+
     Args:
         spec: bits, kind of levels, channel axis.
         num_channels: size of the channel axis; ignored if the scale is per tensor.
     """
 
     code_range: Tensor
+    has_offset: bool = False
 
     def __init__(self, spec: QuantSpec, num_channels: int = 1) -> None:
         super().__init__()
@@ -183,6 +187,12 @@ class Rounding(nn.Module, ABC):
     hard_forward: bool = False
     """Whether the forward value is the hard quantizer's and the surrogate shapes the gradient only."""
 
+    integral: bool = False
+    """Whether training values are codes: integers in [qmin, qmax]."""
+
+    reach: int | None = None
+    """How far outside [qmin, qmax] a training value can lie, in bins, rounded up; None if anywhere."""
+
     wants_curvature: bool = False
     """Whether `curvature.update_curvature` should measure this tensor's Hessian diagonal now and then."""
 
@@ -208,11 +218,13 @@ class NoiseSource(nn.Module):
     state to lose. A module that runs twice in one step draws the same noise twice.
 
     Elements count over the whole batch: where processes share a batch in equal parts, process `part` starts its
-    count where the one before ends, so the noise does not depend on how many processes there are.
+    count where the one before ends, so the noise does not depend on how many processes there are. Likewise
+    `block = (first, count)` says that the tensor is of samples `first` and following out of `count`.
     """
 
     key: Tensor
     part: int = 0
+    block: tuple[int, int] | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,7 +247,17 @@ class NoiseSource(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         """Noise in (0, 1), float32, shape and device of `v`."""
-        return counter.counter_uniform(counter.element_index(v, first=self.part * v.numel()), self.key)
+        return counter.uniform(self._bits(v))
+
+    def dither(self, v: Tensor) -> Tensor:
+        """Further, independent noise in (0, 1) for the same elements, in steps of 1/512."""
+        return counter.coarse_uniform(self._bits(v))
+
+    def _bits(self, v: Tensor) -> Tensor:
+        first, count = self.block or (0, v.shape[0] if v.dim() else 1)
+        # The size of one sample, so that nothing here depends on the size of the block.
+        start = (self.part * count + first) * math.prod(v.shape[1:])
+        return counter.counter_bits(counter.element_index(v, first=start), self.key)
 
 
 class Method(ABC):
@@ -294,16 +316,23 @@ class Quantizer(nn.Module):
         Raises:
             NotCalibratedError: before `calibrate`.
         """
-        if not self.enabled:
-            return x
+        return self.quantize(x)[0] if self.enabled else x
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Fake-quantized `x` in its dtype, and the position behind it: in bins, float32 or float64, no gradient.
+
+        Raises:
+            NotCalibratedError: before `calibrate`.
+        """
         self.require_calibrated()
         real = x.to(torch.promote_types(x.dtype, torch.float32))
         v = self.grid.encode(real)
         value = self.rounding(v) if self.training else F.round_ste(v)
         x_hat = self.grid.decode(value, v)
         if self.training and self.rounding.hard_forward:
-            x_hat = F.replace_value(x_hat, self.grid.decode(torch.round(v), v).detach())
-        return x_hat.to(x.dtype)
+            value = torch.round(v)
+            x_hat = F.replace_value(x_hat, self.grid.decode(value, v).detach())
+        return x_hat.to(x.dtype), value.detach()
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of `x`, int16, in [qmin, qmax]: what a device stores.
@@ -325,6 +354,11 @@ class Quantizer(nn.Module):
         """One line for `print(model)`."""
         state = "" if self.grid.calibrated else ", not calibrated"
         return f"{self.spec.bits} bits, levels={self.spec.levels}{state}"
+
+    @property
+    def integral(self) -> bool:
+        """Whether the forward pass now rounds to codes: in eval mode, and in training where the method says so."""
+        return not self.training or self.rounding.integral or self.rounding.hard_forward
 
     def require_calibrated(self) -> None:
         """Raise if there is no scale yet, unless the quantizer is off.

@@ -98,6 +98,8 @@ def delta_from_curvature(mean_diagonal: float, gradient_std: float) -> float:
 class GradientScaling(Rounding):
     """Forward `round(v)`, backward `g * (1 + delta * sign(g) * (v - round(v)))`."""
 
+    integral = True
+
     def __init__(self, delta: Delta) -> None:
         super().__init__()
         self.delta = delta
@@ -115,6 +117,8 @@ class GradientScaling(Rounding):
 @final
 class LearnedBounds(Grid):
     """Uniform grid between learned bounds: levels at `lower + k * (upper - lower) / (2**b - 1)`."""
+
+    has_offset = True
 
     def __init__(self, spec: QuantSpec, num_channels: int = 1) -> None:
         super().__init__(spec, num_channels)

@@ -30,6 +30,8 @@ from qtemper.quantizer import Grid, Method, NoiseSource, QuantSpec, Rounding, Te
 class UniformNoise(Rounding):
     """Forward `v + U(-1/2, 1/2)`, backward `g`."""
 
+    reach = 1
+
     def __init__(self) -> None:
         super().__init__()
         self.noise = NoiseSource()

@@ -52,6 +52,8 @@ class FixedStep(Grid):
 class StraightThrough(Rounding):
     """Forward `round(v)`, backward `g`."""
 
+    integral = True
+
     def forward(self, v: Tensor) -> Tensor:
         """Round, straight through."""
         return F.round_ste(v)

@@ -57,6 +57,16 @@ ZETA: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Multiplier of the error from uniform noise in (0, 1). `on_grid` jumps instead of multiplying."""
 
+REACH = {
+    "none": 0.0,
+    "uniform": math.sqrt(3.0),
+    "rademacher": 1.0,
+    "gaussian": 5.3,
+    "toward_input": 0.0,
+    "on_grid": 0.0,
+}
+"""Largest multiplier of an error, which is at most half a bin."""
+
 ZERO_MEAN = ("uniform", "rademacher", "gaussian")
 
 
@@ -148,6 +158,8 @@ class TemperedRounding(Rounding):
         # A gradient scale that is 0 for good needs no arithmetic; the result is the same to the bit.
         self.scales_gradient = not (isinstance(delta, FixedDelta) and float(delta.value) == 0.0)
         self.noise = NoiseSource() if noise != "none" else None
+        self.integral = noise in ("none", "on_grid")
+        self.reach = math.ceil(REACH.get(noise, 0.0) * max(temperature(0.0), temperature(1.0)) / 2)
         self.register_buffer("temperature", torch.tensor(temperature(0.0) if noise != "none" else 0.0))
 
     def forward(self, v: Tensor) -> Tensor:

@@ -1,0 +1,26 @@
+"""The fast path: what a quantized layer computes, in fewer passes and less memory, with the same result.
+
+The layer's plain forward (two quantizers, then the float layer's own) is the reference. Here the same quantizers run
+so that nothing but the layer's float input is kept for the backward pass, and the convolution runs on integer codes
+where that is exact. A method knows nothing of it. `use_fast_path(False)` switches it off.
+"""
+
+from __future__ import annotations
+
+import os
+
+_enabled = os.environ.get("QTEMPER_FAST", "1") != "0"
+
+
+def use_fast_path(enabled: bool) -> None:
+    """Switch the fast path on (the default, unless the environment has QTEMPER_FAST=0) or off, for all layers.
+
+    A model that is compiled already keeps what it was compiled with.
+    """
+    global _enabled
+    _enabled = enabled
+
+
+def fast_path() -> bool:
+    """Whether the fast path is switched on."""
+    return _enabled

@@ -1,0 +1,119 @@
+"""Convolution of integer codes, exact: int32 accumulators on the CPU's 8-bit units.
+
+oneDNN multiplies uint8 by int8. Without VNNI or AMX it adds two products in 16 bits and saturates, silently, so
+`is_exact` tries the extreme codes of a pair of ranges before the pair is used.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ACCUMULATOR_MAX = 2**31 - 1
+
+
+class Geometry(NamedTuple):
+    """Stride, padding, dilation (each for height and width) and groups of a convolution."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+POINTWISE = Geometry((1, 1), (0, 0), (1, 1), 1)
+
+
+@torch.library.custom_op("qtemper::convolve_codes", mutates_args=())
+def _convolve_codes(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    zero_point: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    zeros = torch.zeros(scale.shape, dtype=torch.int32)
+    op = torch.ops.onednn
+    packed = op.qconv_prepack(w, scale, 1.0, zero_point, stride, padding, dilation, groups, list(x.shape))
+    tail: tuple[object, ...] = (stride, padding, dilation, groups, 1.0, 0, dtype, "none", [], "")
+    result: Tensor = op.qconv2d_pointwise(x, 1.0, zero_point, packed, scale, zeros, None, *tail)
+    return result
+
+
+@_convolve_codes.register_fake
+def _(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    zero_point: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    size = [
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(2)
+    ]
+    shape = (x.shape[0], w.shape[0], *size)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def convolve_codes(
+    x: Tensor, w: Tensor, scale: Tensor, zero_point: int, geometry: Geometry, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`scale` times the sum of `(x - zero_point) * w` over a convolution's window; the sum is exact.
+
+    Args:
+        x: uint8, shape (N, C, H, W), channels_last.
+        w: int8, shape (O, C / groups, kH, kW).
+        scale: float32, shape (1,) or (O,).
+        zero_point: the code of `x` that stands for 0, and that padding consists of.
+        geometry: of the convolution.
+        dtype: of the result, float32 or bfloat16.
+
+    Returns:
+        Shape (N, O, H', W'), channels_last; no gradient.
+    """
+    stride, padding, dilation, groups = (list(part) if isinstance(part, tuple) else part for part in geometry)
+    result: Tensor = _convolve_codes(x, w, scale, zero_point, stride, padding, dilation, groups, dtype)
+    return result
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_exact(x_max: int, zero_point: int, w_min: int, w_max: int, grouped: bool) -> bool:
+    """Whether `convolve_codes` is exact on this CPU for codes 0 .. `x_max` and `w_min` .. `w_max`.
+
+    Tried once per process and pair of ranges.
+    """
+    return _try_extremes(x_max, zero_point, w_min, w_max, grouped)
+
+
+@functools.cache
+def _try_extremes(x_max: int, zero_point: int, w_min: int, w_max: int, grouped: bool) -> bool:
+    channels, size = 64, 8
+    x = torch.full((2, channels, size, size), x_max, dtype=torch.uint8)
+    x[1] = 0
+    x[0, ::3, ::2] = 0
+    w = torch.full((channels, 1 if grouped else channels, 3, 3), w_max, dtype=torch.int8)
+    w[1::4] = w_min
+    w[2::4, :, ::2] = w_min
+    geometry = Geometry((1, 1), (1, 1), (1, 1), channels if grouped else 1)
+    with torch.no_grad():
+        try:
+            found = convolve_codes(
+                x.contiguous(memory_format=torch.channels_last), w, torch.ones(1), zero_point, geometry
+            )
+        except RuntimeError:  # a build of torch without oneDNN, or a CPU that it does not support
+            return False
+        expected = torch.nn.functional.conv2d(
+            x.double() - zero_point, w.double(), padding=geometry.padding, groups=geometry.groups
+        )
+    return torch.equal(found, expected.float())

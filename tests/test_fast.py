@@ -1,0 +1,282 @@
+"""The fast path computes what the plain forward computes: exactly on codes, and with the same gradients."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import qtemper
+from qtemper import fast
+from qtemper.fast import integer
+from qtemper.fast import layer as fast_layer
+from qtemper.fast.integer import Geometry, convolve_codes, is_exact
+from qtemper.methods.tempering import NoiseTempering
+from qtemper.quantizer import NoiseSource
+
+METHODS = {
+    "ste": "ste",
+    "lsq": "lsq",
+    "ewgs": "ewgs",
+    "on_grid": NoiseTempering(noise="on_grid", delta_rule="fixed", delta_weight=0.3),
+    "in_gradient": NoiseTempering(noise_in="gradient", delta_rule="fixed"),
+}
+NOISY = {"tempering": "tempering", "noise": "noise", "gradient": NoiseTempering(delta_rule="gradient")}
+LAYERS = {
+    "conv": (lambda: nn.Conv2d(6, 8, 3, padding=1), (5, 6, 7, 7)),
+    "strided": (lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1, dilation=2, bias=False), (5, 6, 9, 9)),
+    "depthwise": (lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6), (5, 6, 7, 7)),
+    "linear": (lambda: nn.Linear(6, 4), (5, 3, 6)),
+}
+
+
+@pytest.fixture(autouse=True)
+def restore():
+    yield
+    fast.use_fast_path(True)
+
+
+def make(kind="conv", method="lsq", bits="W4A4", *, signed=False, granularity="tensor"):
+    build, shape = LAYERS[kind]
+    torch.manual_seed(0)
+    layer = build()
+    x = torch.randn(shape)
+    x = x if signed else x.relu()
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    rules = (qtemper.Rule("*", weight_granularity=granularity),)
+    qtemper.prepare(layer, method, qtemper.BitPolicy(*_bits(bits), first_last="same", rules=rules))
+    qtemper.calibrate(layer, [x])
+    layer.train()
+    qtemper.set_progress(layer, 0.2)
+    return layer, x
+
+
+def run(layer, x, *, enabled):
+    """Output and all gradients."""
+    fast.use_fast_path(enabled)
+    layer.zero_grad()
+    leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    out = layer(leaf)
+    weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    (out.float() * weights).sum().backward()
+    return out.detach(), {"input": leaf.grad} | {n: p.grad for n, p in layer.named_parameters()}
+
+
+@pytest.mark.parametrize("extreme", [True, False])
+@pytest.mark.parametrize("x_range", [(255, 0), (255, 128), (15, 8), (1, 0)], ids=str)
+@pytest.mark.parametrize("w_range", [(-128, 127), (-127, 127), (-8, 7), (-1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "geometry", [((1, 1), (1, 1), (1, 1), 1), ((2, 1), (0, 2), (1, 2), 2), ((1, 1), (1, 1), (1, 1), 64)]
+)
+def test_convolution_of_codes_is_int64_accumulation(extreme, x_range, w_range, geometry):
+    geometry = Geometry(*geometry)
+    x_max, zero_point = x_range
+    if not is_exact(x_max, zero_point, *w_range, geometry.groups > 1):
+        pytest.skip("this CPU's 8-bit products saturate for these ranges: the float convolution is used instead")
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(low, high, shape):
+        drawn = torch.randint(low, high + 1, shape, generator=generator)
+        return torch.where(drawn * 2 > low + high, high, low) if extreme else drawn
+
+    x = draw(0, x_max, (2, 64, 6, 6)).contiguous(memory_format=torch.channels_last)
+    w = draw(*w_range, (64, 64 // geometry.groups, 3, 3))
+    scale = torch.rand(64, generator=generator)
+    found = convolve_codes(x.to(torch.uint8), w.to(torch.int8), scale, zero_point, geometry)
+    # float64 holds every sum of int64 products here: they stay below 2**53.
+    sums = nn.functional.conv2d((x - zero_point).double(), w.double(), None, *geometry)
+    assert torch.equal(found, sums.float() * scale[:, None, None])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("bits", ["W1A1", "W2A2", "W4A4", "W8A8"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("signed", [False, True])
+def test_same_output_and_gradients_as_the_plain_forward(kind, bits, method, signed):
+    layer, x = make(kind, METHODS[method], bits, signed=signed)
+    plain, expected = run(layer, x, enabled=False)
+    out, found = run(layer, x, enabled=True)
+    torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)  # float sums are rounded, sums of codes are not
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_scales_per_channel(granularity):
+    layer, x = make(granularity=granularity)
+    torch.testing.assert_close(run(layer, x, enabled=True)[0], run(layer, x, enabled=False)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("bits", ["W2A2", "W4A4", "W8A8"])
+@pytest.mark.parametrize("method", NOISY)
+def test_noise_is_moved_by_less_than_one_step_of_the_finer_grid(kind, bits, method):
+    layer, x = make(kind, NOISY[method], bits)
+    with torch.no_grad():
+        for quantizer, tensor, signed in (
+            (layer.act_quantizer, x, False),
+            (layer.weight_quantizer, layer.latent_weight, True),
+        ):
+            packing = fast_layer._packing(quantizer, signed=signed)
+            assert (packing is None) == (bits == "W8A8")
+            moved, _ = fast_layer._quantize(quantizer, packing, tensor)
+            step = float(quantizer.grid.scale(tensor)) * (0 if packing is None else 1 / packing.steps)
+            assert (moved - quantizer(tensor)).abs().max() <= step * 1.001
+    plain, _ = run(layer, x, enabled=False)
+    out, gradients = run(layer, x, enabled=True)
+    assert (out - plain).square().mean() < 0.02 * plain.square().mean()
+    assert all(torch.isfinite(g).all() for g in gradients.values())
+
+
+def test_noise_keeps_its_mean_and_variance_on_the_finer_grid():
+    source = NoiseSource()
+    source.seed(0, "here")
+    x = torch.full((2000, 500), 0.3)
+    value = 4.2 + 0.1 * (source(x) - 0.5)
+    packing = fast_layer.Packing(0.0, 14, 14, 0, 238, False)
+    moved = (packing.pack(value, source).double() - 14) / 14
+    count = value.numel()
+    # Standard errors of a mean: at most half a step in each of 1e6 draws.
+    assert abs(float(moved.mean() - value.double().mean())) < 4 * (1 / 28) / count**0.5 + 1 / (512 * 14 * 2)
+    # Stochastic rounding adds at most (step / 2)**2.
+    assert float(value.double().var()) < float(moved.var()) < float(value.double().var()) + (1 / 28) ** 2
+    codes = torch.arange(15.0)
+    assert torch.equal(packing.pack(codes, source), (codes * 14 + 14).to(torch.uint8))  # on the grid, nothing moves
+
+
+@pytest.mark.parametrize("method", [*METHODS, *NOISY])
+def test_blocks_do_not_show(method, monkeypatch):
+    layer, x = make("conv", (METHODS | NOISY)[method])
+    out, gradients = run(layer, x, enabled=True)
+    monkeypatch.setattr(fast_layer, "BLOCK", 2 * x[0].numel())
+    again, others = run(layer, x, enabled=True)
+    assert torch.equal(out, again)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-5)  # sums over blocks
+
+
+@pytest.mark.parametrize("method", [*METHODS, *NOISY])
+def test_keeps_nothing_but_its_float_input(method):
+    layer, x = make("conv", (METHODS | NOISY)[method])
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x)
+    own = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters(), *layer.buffers())}
+    assert kept.keys() <= own
+
+
+@pytest.mark.parametrize("bits", ["W4A4", "W8A8"])
+def test_a_cpu_whose_products_saturate_uses_the_float_convolution(bits, monkeypatch):
+    layer, x = make(bits=bits)
+    exact, _ = run(layer, x, enabled=True)
+    monkeypatch.setattr(integer, "_try_extremes", lambda *_: False)
+    monkeypatch.setattr(fast_layer, "convolve_codes", None)
+    out, _ = run(layer, x, enabled=True)
+    torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lsq", "ewgs", "on_grid"])
+def test_second_derivatives_are_those_of_the_plain_forward(method):
+    layer, x = make("conv", METHODS[method])
+
+    def second(enabled):
+        fast.use_fast_path(enabled)
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        wanted = [leaf, *layer.parameters()]
+        value = layer(leaf).square().square().sum()
+        first = torch.autograd.grad(value, wanted, create_graph=True)
+        return torch.autograd.grad(sum((g * g).sum() for g in first), wanted, allow_unused=True)
+
+    for found, expected in zip(second(True), second(False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_hooks_on_a_quantizer_and_a_forward_of_its_own_get_the_plain_forward():
+    class Own(nn.Conv2d):
+        def _conv_forward(self, input, weight, bias):
+            return super()._conv_forward(input, weight, bias) + 1
+
+    layer, x = make()
+    assert fast_layer.supported(layer, x)
+    assert not fast_layer.supported(layer, x.double())
+    seen = []
+    layer.act_quantizer.register_forward_hook(lambda *_: seen.append(1))
+    assert not fast_layer.supported(layer, x)
+    layer(x)
+    assert seen
+    own = qtemper.prepare(Own(6, 8, 3), "lsq", qtemper.BitPolicy(4, 4, first_last="same"))
+    qtemper.calibrate(own, [x])
+    assert not fast_layer.supported(own, x)
+
+
+def test_noise_drawn_anew_before_the_backward_pass_is_an_error():
+    layer, x = make(method="tempering")
+    out = layer(x).sum()
+    qtemper.set_progress(layer, 0.3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+@pytest.mark.parametrize("method", ["lsq", "tempering"])
+def test_autocast(method):
+    layer, x = make(method=method)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, gradients = run(layer, x, enabled=True)
+        plain, expected = run(layer, x, enabled=False)
+    assert out.dtype == plain.dtype == torch.bfloat16
+    # bfloat16 has 8 bits; noise moves by a step of the finer grid.
+    tolerance = 0.02 if method == "lsq" else 0.2
+    torch.testing.assert_close(out, plain, rtol=tolerance, atol=tolerance)
+    assert {n: g.dtype for n, g in gradients.items()} == {n: g.dtype for n, g in expected.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lsq", "on_grid"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fifty_steps_have_the_losses_of_the_plain_path(method, compiled):
+    """Sums of codes and of floats differ in the last bits; where that moves a value over the edge of its bin, a code
+    changes. In 50 steps of a small network that grows to a few thousandths of the loss, as it does between one and two
+    threads of the plain path."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 10),
+    )  # fmt: skip
+    x, y = torch.randn(64, 3, 12, 12), torch.randint(0, 10, (64,))
+    qtemper.prepare(model, METHODS[method], "W4A4")
+    qtemper.calibrate(model, [x])
+    model.train()
+
+    def losses(model, enabled):
+        fast.use_fast_path(enabled)
+        torch._dynamo.reset()
+        forward = torch.compile(model, fullgraph=True) if compiled and enabled else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        found = []
+        for step in range(50):
+            qtemper.set_progress(model, step / 50)
+            loss = nn.functional.cross_entropy(forward(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.detach())
+        return torch.stack(found)
+
+    plain, found = losses(copy.deepcopy(model), False), losses(copy.deepcopy(model), True)
+    assert plain[-1] < 0.9 * plain[0]
+    torch.testing.assert_close(found, plain, rtol=0.01, atol=0)
+
+
+def _bits(text):
+    weight, act = text[1:].split("A")
+    return int(weight), int(act)
