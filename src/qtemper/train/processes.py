@@ -17,6 +17,7 @@ import torch.distributed
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from qtemper.layers import QuantLayer
 from qtemper.quantizer import NoiseSource, quantizers
@@ -67,10 +68,10 @@ class _RestartableDDP(DDPStrategy):
         if attempt and shared and env.get("GROUP_WORLD_SIZE", "1") == "1":
             timeout = self._timeout or datetime.timedelta(minutes=30)
             address = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-            store = torch.distributed.TCPStore(*address, is_master=False, timeout=timeout)
+            store = TCPStore(*address, is_master=False, timeout=timeout)
             torch.distributed.init_process_group(
                 "nccl" if self.root_device.type == "cuda" else "gloo",
-                store=torch.distributed.PrefixStore(f"qtemper/attempt-{attempt}", store),
+                store=PrefixStore(f"qtemper/attempt-{attempt}", store),
                 rank=int(env["RANK"]),
                 world_size=int(env["WORLD_SIZE"]),
                 timeout=timeout,
