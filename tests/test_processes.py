@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,9 @@ from benchmarks.faults.rows_processes import killed_at, of_a_save, points, stopp
 from benchmarks.faults.rows_refuse import other_world_size
 
 import qtemper
+from qtemper.methods import get_method
 from qtemper.train import ProcessLostError, TrainConfig
-from qtemper.train.processes import make_fabric, report_lost_process, share_noise
+from qtemper.train.processes import add_up_statistics, make_fabric, report_lost_process, share_noise
 
 SETTINGS = (
     *("--set", "float_train.epochs=1", "--set", "train.epochs=1", "--set", "train.log_every=1"),
@@ -72,6 +74,24 @@ def test_activation_noise_does_not_depend_on_how_a_batch_is_shared(processes):
         parts.append(quantizer(part))
         assert torch.equal(model[0].weight, weight), "weights are everyone's, and so is their noise"
     assert torch.equal(torch.cat(parts), whole)
+
+
+def test_statistics_of_weights_are_not_counted_once_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    method = get_method("tempering", scale_on="both")
+    model = qtemper.prepare(torch.nn.Sequential(torch.nn.Linear(6, 6)), method, qtemper.BitPolicy(2, 2, "same"))
+    x = torch.randn(8, 6)
+    qtemper.calibrate(model, [x])
+    qtemper.set_progress(model, 0.0)
+    model(x).square().mean().backward()
+    layer = model[0]
+    weight, activation = (q.rounding.statistics()[0] for q in (layer.weight_quantizer, layer.act_quantizer))
+    before = weight.clone(), activation.clone()
+    assert before[0].abs().sum() > 0
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.mul_(2))  # the other process has the same
+    add_up_statistics(model, SimpleNamespace(world_size=2))  # type: ignore[arg-type]
+    torch.testing.assert_close(weight, before[0])
+    torch.testing.assert_close(activation, 2 * before[1])
 
 
 # --- processes that are gone ------------------------------------------------------------------------------------

@@ -119,7 +119,12 @@ def share_buffers(model: nn.Module, fabric: Fabric) -> None:
 
 
 def add_up_statistics(model: nn.Module, fabric: Fabric) -> None:
-    """Sum the roundings' statistics of the step over all processes, in one message."""
+    """Combine the roundings' statistics of the step from all processes, in one message.
+
+    Those of activations are sums over the batch, of which every process has a part: they add up. A weight and its noise
+    are the same in every process: counted once for each, they would look more certain than they are, so there it is the
+    mean.
+    """
     if fabric.world_size == 1:
         return
     buffers = [buffer for _, q in quantizers(model) for buffer in q.rounding.statistics()]
@@ -128,6 +133,10 @@ def add_up_statistics(model: nn.Module, fabric: Fabric) -> None:
         torch.distributed.all_reduce(total)
         for buffer, part in zip(buffers, torch.split(total, [b.numel() for b in buffers]), strict=True):
             buffer.copy_(part)
+        for layer in model.modules():
+            if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None:
+                for buffer in layer.weight_quantizer.rounding.statistics():
+                    buffer.div_(fabric.world_size)
 
 
 def largest(values: list[float], fabric: Fabric) -> list[float]:
