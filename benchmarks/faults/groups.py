@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed
-from benchmarks.faults.driver import TIMEOUT, Child, Trial
+from benchmarks.faults.driver import TIMEOUT, Child, Trial, scratch
 
 from qtemper import cli
 
@@ -114,10 +114,17 @@ def run_group(arguments: Sequence[str], *, size: int = 2, settings: dict[str, st
 
 def torchrun(
     arguments: Sequence[str], fault: str, rank: int, step: int, *, restarts: int, timeout: float = TIMEOUT
-) -> Trial:
-    """`qtemper ARGUMENTS` under torchrun with two processes, of which one meets a fault; see `rank.py`."""
+) -> tuple[Trial, bool]:
+    """`qtemper ARGUMENTS` under torchrun with two processes, of which one meets a fault, and whether it did."""
+    with scratch() as place:
+        happened = place / "happened"
+        trial = _torchrun([fault, str(rank), str(step), *arguments], happened, restarts, timeout)
+        return trial, happened.exists()
+
+
+def _torchrun(arguments: Sequence[str], happened: Path, restarts: int, timeout: float) -> Trial:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
-    program = ["-m", "benchmarks.faults.rank", fault, str(rank), str(step)]
+    program = ["-m", "benchmarks.faults.rank"]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     started = time.monotonic()
     process = subprocess.Popen(
@@ -126,7 +133,7 @@ def torchrun(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "FAULTS_HAPPENED": str(happened)},
     )
     try:
         out, err = process.communicate(timeout=timeout)

@@ -230,9 +230,11 @@ def restarted(death: tuple[int, int]) -> str | None:
     rank, step = death
     with scratch() as place:
         run = place / "run"
-        trial = torchrun(tiny(run), "kill", rank, step * OPTIMIZERS, restarts=1)
+        trial, killed = torchrun(tiny(run), "kill", rank, step * OPTIMIZERS, restarts=1)
         if trial.code != 0:
             return f"{death}: torchrun ended with {trial.code}: {trial.err.strip()[-300:]}"
+        if not killed:
+            return f"{death}: not killed"
         expected = reference(2)
         if digest(run) != expected.digest:
             return f"{death}: the final weights differ"
@@ -315,9 +317,11 @@ def hung_under_torchrun() -> str | None:
     with scratch() as place:
         run = place / "run"
         setting = f"train.timeout={TIMEOUT}"
-        trial = torchrun(tiny(run, setting), "hang", 1, (STEPS + 2) * OPTIMIZERS, restarts=1)
+        trial, happened = torchrun(tiny(run, setting), "hang", 1, (STEPS + 2) * OPTIMIZERS, restarts=1)
         if trial.code != 0:
             return f"torchrun ended with {trial.code}: {trial.err.strip()[-400:]}"
+        if not happened:
+            return "under torchrun: it did not hang"
         return None if digest(run) == reference(2, setting).digest else "under torchrun: the final weights differ"
 
 
