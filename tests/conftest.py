@@ -28,7 +28,7 @@ def cifar100(shared_data: Path) -> ImageData:
     return load_cifar(shared_data, "cifar100")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """Tiny tensors are slower on several threads, above all when other processes run."""
     threads = torch.get_num_threads()

@@ -122,6 +122,7 @@ def test_setting_without_effect_warns() -> None:
     assert isinstance(build(ModelConfig(arch="small", in_channels=1)), SmallConvNet)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_small_net_learns_digits() -> None:
     pytest.importorskip("sklearn")
     digits = data.load_digits()

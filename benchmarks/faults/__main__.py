@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 import torch
-from benchmarks.faults import rows_damage, rows_disk, rows_kill, rows_refuse  # noqa: F401 (they register their rows)
+from benchmarks.faults import rows_damage, rows_disk, rows_kill, rows_processes, rows_refuse  # noqa: F401 (they register their rows)
 from benchmarks.faults.table import ROWS, Row, as_markdown, run_row
 
 from qtemper.run import environment

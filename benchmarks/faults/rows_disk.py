@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from benchmarks.faults import tiny
 from benchmarks.faults.driver import (
     EPOCHS,
     STEPS,
@@ -98,19 +99,18 @@ def read_only(folder: Path) -> tuple[str | None, str]:
 
 
 def at_second_save(run: Path, number: int) -> Callable[[], None]:
-    """Let every write fail from the second checkpoint on."""
-    events = reference()[3]
-    second = next(i for i, name in enumerate(events) if f"step-{2 * STEPS:08d}" in name)
-    return FileEvents(run, second, "error", error_number=number).install
+    """Let every write fail from the second epoch of quantized training on, the third with the float one."""
+    events = FileEvents(run, 0, "error", error_number=number)
+    return lambda: after_steps(2 * STEPS + 1, events.install)
 
 
 def failing_at(number: int) -> str | None:
     """The disk is full from one event on: a clear error, and with room again the run ends as it should."""
     with scratch() as folder:
         run = folder / "run"
-        trial = start(command(run), FileEvents(run, number, "error").install).wait()
-        said = unclear(trial, run, "No space left") or same_end(run, continue_run(run))
-    return said and f"event {number} ({reference()[3][number]}): {said}"
+        trial = start(tiny.tiny(run), FileEvents(run, number, "error").install).wait()
+        said = unclear(trial, run, "No space left") or tiny.same_end(run, tiny.go_on(run, 1), 1)
+    return said and f"event {number} ({tiny.reference(1).events[number]}): {said}"
 
 
 @row
@@ -124,7 +124,7 @@ def disk_full_or_read_only() -> Row:
         how.append(kind)
         failures += [f"{case.__name__}: {said}"] if said else []
     good = 3 - len(failures)
-    todo = [i for i, name in enumerate(reference()[3]) if name.split()[0] not in ("unlink", "rmdir")][::2]
+    todo = [i for i, name in enumerate(tiny.reference(1).events) if name.split()[0] not in ("unlink", "rmdir")][::2]
     everywhere = [said for said in parallel(failing_at, todo) if said]
     return Row(
         "disk full (ENOSPC), file size limit, read-only directory",

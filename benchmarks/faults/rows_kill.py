@@ -23,22 +23,20 @@ from benchmarks.faults.driver import (
     signal_self,
     start,
 )
-from benchmarks.faults.events import Fault, FileEvents
 from benchmarks.faults.table import Row, counted, row
 
 CHAIN_LIMIT = 200
 
 
 @functools.cache
-def reference(*settings: str) -> tuple[str, str, float, list[str]]:
-    """An uninterrupted run: its weights' sha256, its epochs, its seconds, and the file events it caused."""
+def reference(*settings: str) -> tuple[str, str, float]:
+    """An uninterrupted run: its weights' sha256, its epochs and its seconds."""
     with scratch() as folder:
-        log = folder / "events"
-        trial = start(command(folder / "run", *settings), FileEvents(folder / "run", log=log).install).wait()
+        trial = start(command(folder / "run", *settings)).wait()
         assert trial.code == 0, trial.err
         found = digest(folder / "run")
         assert found is not None
-        return found, str(epochs(folder / "run")), trial.seconds, log.read_text().splitlines()
+        return found, str(epochs(folder / "run")), trial.seconds
 
 
 def same_end(run: Path, trial: Trial, *settings: str) -> str | None:
@@ -49,39 +47,6 @@ def same_end(run: Path, trial: Trial, *settings: str) -> str | None:
     if digest(run) != expected[0]:
         return "the final weights differ"
     return None if str(epochs(run)) == expected[1] else "the epochs in metrics.jsonl differ"
-
-
-def killed_at(point: tuple[int, Fault]) -> str | None:
-    """Kill a run at one event, resume it; returns what is wrong, or None."""
-    number, fault = point
-    with scratch() as folder:
-        run = folder / "run"
-        trial = start(command(run), FileEvents(run, number, fault).install).wait()
-        if trial.code != -signal.SIGKILL:
-            return f"event {number}: not killed but {trial.code}"
-        wrong = same_end(run, continue_run(run))
-    return wrong and f"killed {fault} event {number} ({reference()[3][number]}): {wrong}"
-
-
-def points() -> list[tuple[int, Fault]]:
-    """Before every event, and in the middle of every write; after an event is before the next."""
-    events = reference()[3]
-    found: list[tuple[int, Fault]] = [(number, "before") for number in range(len(events))]
-    return found + [(number, "torn") for number, name in enumerate(events) if name.startswith("write ")]
-
-
-@row
-def kill_at_every_file_event() -> Row:
-    """All events of a whole run: its creation, the float network, two saves, the metrics, the final weights."""
-    todo = points()
-    failures = [wrong for wrong in parallel(killed_at, todo) if wrong]
-    return counted(
-        "kill -9 at every file event of a run and its saves (before, torn, after), 1 process",
-        "resumes, final weights identical",
-        "points",
-        failures,
-        len(todo),
-    )
 
 
 def killed_once(number: int) -> str | None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.faults.driver import Child, command, epochs, scratch, start
+from benchmarks.faults import tiny
+from benchmarks.faults.driver import Child, after_steps, command, epochs, scratch, signal_self, start
+from benchmarks.faults.groups import Group, curve, run_group
 from benchmarks.faults.rows_damage import finished, fresh_state, reseal
 from benchmarks.faults.rows_kill import reference, same_end, wait_until
 from benchmarks.faults.table import Row, counted, row
@@ -56,9 +59,34 @@ def edited(run: Path, change: dict[str, object], words: list[str]) -> str | None
     return f"{change}: accepted"
 
 
+def other_world_size(before: int, now: int) -> list[str]:
+    """A run that was stopped, resumed with another number of processes; then so in the elastic mode."""
+    wrong = []
+    with scratch() as folder:
+        run = folder / "run"
+        stop = (tiny.STEPS + 2) * tiny.OPTIMIZERS
+        Group(tiny.tiny(run), lambda _: after_steps(stop, signal_self(signal.SIGTERM)), size=before).wait()
+        files = sorted((p, p.stat().st_mtime_ns) for p in (run / "checkpoints").rglob("*"))
+        trial = run_group(tiny.tiny(run, resume=True), size=now)
+        words = (f"by {before} process(es), and {now} would continue", "torchrun", "QTEMPER_ELASTIC")
+        if trial.code != 2 or not all(word in trial.err for word in words):
+            wrong.append(f"{before} -> {now}: exit code {trial.code}: {trial.err.strip()[-300:]}")
+        if files != sorted((p, p.stat().st_mtime_ns) for p in (run / "checkpoints").rglob("*")):
+            wrong.append(f"{before} -> {now}: touched the checkpoints")
+        trial = run_group(tiny.tiny(run, resume=True), size=now, settings={"QTEMPER_ELASTIC": "1"})
+        if trial.code != 0 or "going on, as QTEMPER_ELASTIC asks" not in trial.out:
+            wrong.append(f"{before} -> {now}, elastic: exit code {trial.code}: {trial.err.strip()[-300:]}")
+        elif [line["step"] for line in curve(run)] != [line["step"] for line in tiny.reference(now).curve]:
+            wrong.append(f"{before} -> {now}, elastic: steps are missing from metrics.jsonl")
+    return wrong
+
+
 @row
 def changed_on_resume() -> Row:
-    """Eight settings through the command; configuration, world size, version and format in the checkpoint itself."""
+    """Eight settings through the command; configuration, world size, version and format in the checkpoint itself.
+
+    And stopped runs of one process continued by two, of two by one, which the elastic mode lets pass.
+    """
     run = finished()
     cases: list[Callable[[], str | None]] = [lambda path=path: other_setting(run, path) for path in CHANGED]
     old = {"train": {"optim": {"lr": 0.25}}}
@@ -69,13 +97,19 @@ def changed_on_resume() -> Row:
         lambda: edited(run, {"format": 99}, ["format 99"]),
     ]
     failures = [wrong for case in cases if (wrong := case())]
-    return counted(
+    sizes = [other_world_size(before, now) for before, now in ((1, 2), (2, 1))]
+    elastic = [line for wrong in sizes for line in wrong]
+    result = counted(
         "world size, config or code version changed on resume",
-        "refused with the difference",
+        "refused with the difference, or the documented elastic mode",
         "",
         failures,
         len(cases),
     )
+    result.figure += f"; 1 to 2 processes and back, refused, then elastic: {sum(not w for w in sizes)} / {len(sizes)}"
+    result.failures += elastic
+    result.passed &= not elastic
+    return result
 
 
 # --- two runs ------------------------------------------------------------------------------------------------------

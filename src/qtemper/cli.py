@@ -129,7 +129,7 @@ def print_result(result: dict[str, object]) -> None:
 
 def main() -> None:
     """Entry point: parse, run, and turn every bad input into one line and exit code 2."""
-    from qtemper.train import DivergedError
+    from qtemper.train import DivergedError, ProcessLostError
 
     command = tyro.extras.subcommand_cli_from_dict(
         {"train": Train, "evaluate": Evaluate, "recipes": Recipes},
@@ -141,7 +141,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("qtemper: stopped by SIGINT.", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, DivergedError, ModuleNotFoundError) as error:
+    except (ValueError, DivergedError, ProcessLostError, ModuleNotFoundError) as error:
         print(f"qtemper: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -21,7 +21,7 @@ from qtemper.prepare import prepare
 from qtemper.quantizer import quantizers
 from qtemper.run import RunDir
 from qtemper.train import evaluate, fit
-from qtemper.train.processes import make_fabric, share_state
+from qtemper.train.processes import make_fabric, report_lost_process, share_state
 from qtemper.train.state import load_model, load_strictly, read_safetensors
 
 
@@ -57,6 +57,7 @@ def train(
     Raises:
         ValueError: any bad input; the message names the remedy.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after a checkpoint.
+        ProcessLostError: another process died or did not answer in time.
     """
     continues = resume and run.checkpoints.is_dir()
     if resume and not continues and init is None and run.float_weights.exists():
@@ -79,6 +80,13 @@ def train(
             raise ConfigError(
                 "the policy leaves every layer in float; set policy.weight or policy.activation to 1 to 8."
             )
+    with report_lost_process(experiment.train.timeout):
+        return _train_on_all_processes(experiment, run, model, data, init is not None, resume)
+
+
+def _train_on_all_processes(
+    experiment: Experiment, run: RunDir, model: nn.Module, data: Path | None, initialised: bool, resume: bool
+) -> dict[str, Any]:
     fabric = make_fabric(timeout=experiment.train.timeout)
     source = open_source(experiment.data, data, fabric.device)
     _check_fit(experiment, source)
@@ -90,7 +98,7 @@ def train(
                 run.create(experiment, data)
             print(f"run directory: {run.path}")
         fabric.barrier()
-        trained = _train(experiment, run, model.to(fabric.device), source, fabric, init is not None, resume)
+        trained = _train(experiment, run, model.to(fabric.device), source, fabric, initialised, resume)
         result = recorded | trained
         if first:
             run.write_final(model, experiment)

@@ -4,12 +4,14 @@ from qtemper.train.engine import TrainConfig, fit, train_step
 from qtemper.train.evaluation import evaluate
 from qtemper.train.metrics import DivergedError
 from qtemper.train.optim import LossConfig, OptimConfig
+from qtemper.train.processes import ProcessLostError
 from qtemper.train.signals import TrainingInterrupted
 
 __all__ = [
     "DivergedError",
     "LossConfig",
     "OptimConfig",
+    "ProcessLostError",
     "TrainConfig",
     "TrainingInterrupted",
     "evaluate",

@@ -29,6 +29,7 @@ from qtemper.train.processes import (
     add_up_statistics,
     largest,
     make_fabric,
+    report_lost_process,
     share_buffers,
     share_noise,
     synchronize_batch_norm,
@@ -36,6 +37,9 @@ from qtemper.train.processes import (
 from qtemper.train.progress import Display
 from qtemper.train.signals import TrainingInterrupted, stop_on_signal
 from qtemper.train.state import TrainState, load_checkpoint, save_checkpoint
+
+MAX_TIMEOUT = 1e6
+"""Seconds, of `TrainConfig.timeout`; torch's own counters overflow at very large ones."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ class TrainConfig:
         for name in ("evaluate_every", "curvature_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if not 1 <= self.timeout <= MAX_TIMEOUT:
+            raise ValueError(f"timeout must be 1 to {MAX_TIMEOUT:.0f} seconds, got {self.timeout}.")
 
 
 MAX_ROLLBACKS = 3
@@ -159,14 +165,16 @@ def fit(
         TrainingInterrupted: on Ctrl-C or SIGTERM, after a checkpoint.
         DivergedError: a loss or gradient is not finite, and `on_nonfinite` is `stop` or rollbacks did not help.
         CheckpointError: nothing to resume from, or a checkpoint cannot be written.
+        ProcessLostError: another process died or did not answer in time.
     """
     if config.batch_size > source.train_size:
         raise ValueError(f"batch_size {config.batch_size} is more than the {source.train_size} images; lower it.")
     if resume and out is None:
         raise ValueError("resume needs the directory that holds the checkpoints: set out.")
     keep_memory()
-    trainer = _Trainer(model, source, config, seed, out, teacher, fabric or make_fabric(timeout=config.timeout))
-    return trainer.run(resume, title)
+    with report_lost_process(config.timeout):
+        trainer = _Trainer(model, source, config, seed, out, teacher, fabric or make_fabric(timeout=config.timeout))
+        return trainer.run(resume, title)
 
 
 class _Trainer:

@@ -6,8 +6,10 @@ of processes, statistics and decisions that all ranks share, batch norm over the
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,9 +17,67 @@ import torch.distributed
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from qtemper.layers import QuantLayer
 from qtemper.quantizer import NoiseSource, quantizers
+
+
+class ProcessLostError(RuntimeError):
+    """Another process of a distributed training died, or did not answer in time; this one cannot go on alone."""
+
+
+@contextlib.contextmanager
+def report_lost_process(timeout: float) -> Iterator[None]:
+    """Turn what gloo, NCCL or the store raise when a process is gone into one line.
+
+    Args:
+        timeout: what the processes were given to answer, in seconds.
+
+    Raises:
+        ProcessLostError: in place of theirs.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).lower()
+        # gloo has no type of its own; its messages name its source files.
+        if not (isinstance(error, torch.distributed.DistError) or "gloo" in text):
+            raise
+        if "timed out" in text or "timeout" in text:
+            what = f"another process did not answer within train.timeout ({timeout:g} s): it hangs, or is only slow"
+            remedy = "look at the processes' output, raise train.timeout if one needs longer"
+        else:
+            what = "another process died, or the connection to it broke"
+            remedy = "its own output says why, put that right"
+        rank, size = os.environ.get("RANK", "?"), os.environ.get("WORLD_SIZE", "?")
+        raise ProcessLostError(f"process {rank} of {size} stops: {what}; {remedy}, and go on with --resume.") from error
+
+
+class _RestartableDDP(DDPStrategy):
+    """DistributedDataParallel whose processes find each other again after a restart by torchrun."""
+
+    def setup_environment(self) -> None:
+        """Join the others, then do what the strategy does."""
+        env = os.environ
+        attempt = int(env.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        # torchrun's agent keeps one store for all attempts, without a prefix for each (pytorch issue 135712): a process
+        # could read where another one listened before the restart, and wait there. On several nodes the agents may
+        # count their attempts differently, so there it is left to TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+        if attempt and shared and env.get("GROUP_WORLD_SIZE", "1") == "1":
+            timeout = self._timeout or datetime.timedelta(minutes=30)
+            address = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+            store = TCPStore(*address, is_master=False, timeout=timeout)
+            torch.distributed.init_process_group(
+                "nccl" if self.root_device.type == "cuda" else "gloo",
+                store=PrefixStore(f"qtemper/attempt-{attempt}", store),
+                rank=int(env["RANK"]),
+                world_size=int(env["WORLD_SIZE"]),
+                timeout=timeout,
+                device_id=self.root_device if self.root_device.type == "cuda" else None,
+            )
+        super().setup_environment()
 
 
 def make_fabric(*, timeout: float = 1800.0) -> Fabric:
@@ -30,7 +90,7 @@ def make_fabric(*, timeout: float = 1800.0) -> Fabric:
     if world_size == 1:
         return Fabric(accelerator="auto", devices=1)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", world_size)))
-    strategy = DDPStrategy(timeout=datetime.timedelta(seconds=timeout))
+    strategy = _RestartableDDP(timeout=datetime.timedelta(seconds=timeout))
     fabric = Fabric(accelerator="auto", devices=local, num_nodes=world_size // local, strategy=strategy)
     fabric.launch()
     return fabric
@@ -59,7 +119,12 @@ def share_buffers(model: nn.Module, fabric: Fabric) -> None:
 
 
 def add_up_statistics(model: nn.Module, fabric: Fabric) -> None:
-    """Sum the roundings' statistics of the step over all processes, in one message."""
+    """Combine the roundings' statistics of the step from all processes, in one message.
+
+    Those of activations are sums over the batch, of which every process has a part: they add up. A weight and its noise
+    are the same in every process: counted once for each, they would look more certain than they are, so there it is the
+    mean.
+    """
     if fabric.world_size == 1:
         return
     buffers = [buffer for _, q in quantizers(model) for buffer in q.rounding.statistics()]
@@ -68,6 +133,10 @@ def add_up_statistics(model: nn.Module, fabric: Fabric) -> None:
         torch.distributed.all_reduce(total)
         for buffer, part in zip(buffers, torch.split(total, [b.numel() for b in buffers]), strict=True):
             buffer.copy_(part)
+        for layer in model.modules():
+            if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None:
+                for buffer in layer.weight_quantizer.rounding.statistics():
+                    buffer.div_(fabric.world_size)
 
 
 def largest(values: list[float], fabric: Fabric) -> list[float]:
