@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,8 @@ def measure(setup: Setup, chosen: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     chosen = arguments(argv)
+    # Python's default ends this process without its clean-up, and a worker in a long step would outlive it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     out = chosen.out or (None if chosen.quick else ROOT / "results" / "training_step.json")
     for setup in setups(chosen):
         run = measure(setup, chosen)

@@ -119,7 +119,10 @@ def _environment(setup: Setup, extra: dict[str, str]) -> dict[str, str]:
         "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
         "PYTHONWARNINGS": "ignore",
         "NNCF_CI": "1",  # its own switch for no telemetry
-        "NNCF_EXTENSION_LOAD_TIMEOUT": "600",  # it compiles C++ on first use; a minute, its default, may not do
+        # It compiles C++ on first use; a minute, its default, may not do. A build that was killed leaves a lock that
+        # every later one waits for: here `make clean` removes it.
+        "NNCF_EXTENSION_LOAD_TIMEOUT": "300",
+        "TORCH_EXTENSIONS_DIR": str(ROOT / ".venv-peers" / "extensions"),
         **extra,
     }
 
