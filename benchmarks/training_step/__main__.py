@@ -77,7 +77,7 @@ def measure(setup: Setup, chosen: argparse.Namespace) -> dict[str, Any]:
     keys = [key for key in CONTESTANTS if key in (chosen.contestants or CONTESTANTS)]
     kind = "compile time" if chosen.compile_time else "scaling" if chosen.scaling else "step"
     run: dict[str, Any] = {"kind": kind, "setup": vars(setup), "fast": fast, "rounds": chosen.rounds}
-    run |= {"steps": chosen.steps, "environment": report.provenance(setup.seed)}
+    run |= {"steps": chosen.steps, "environment": report.provenance(setup)}
     print(f"{setup.title()} ...", file=sys.stderr, flush=True)
     if kind == "compile time":
         compiled = [key for key in keys if key.endswith(COMPILED)]

@@ -82,9 +82,10 @@ def _spread(values: dict[str, float]) -> str:
     return f"{values['median']:.2f} [{values['lower']:.2f}, {values['upper']:.2f}]"
 
 
-def provenance(seed: int) -> dict[str, Any]:
+def provenance(setup: Setup) -> dict[str, Any]:
     """Where the numbers come from; the load tells whether the machine was idle."""
-    return environment(seed) | {"cores": len(os.sched_getaffinity(0)), "load_at_start": os.getloadavg()[0]}
+    here = {"threads": setup.threads, "cores": len(os.sched_getaffinity(0)), "load_at_start": os.getloadavg()[0]}
+    return environment(setup.seed) | here
 
 
 def write(path: Path, runs: list[dict[str, Any]]) -> None:

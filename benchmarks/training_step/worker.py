@@ -6,6 +6,8 @@ of JSON with another until its input ends. It runs in the peers' environment too
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import resource
@@ -76,6 +78,7 @@ class Bench:
         peak = memory.peak_of(self.step, self.setup.device)
         memory.release(self.setup.device)
         return {
+            "versions": _versions(),
             "build_seconds": self.build_seconds,
             "first_step_seconds": first,
             "saved_bytes": saved,
@@ -107,6 +110,15 @@ class Bench:
             qtemper.update_curvature(self.model, batch, loss, max_draws=count, tolerance=0.0)
             seconds.append(time.perf_counter() - started)
         return {"draws": draws, "seconds": seconds}
+
+
+def _versions() -> dict[str, str]:
+    """Of torch and of the peers that this process's environment has."""
+    found = {}
+    for name in ("torch", "brevitas", "nncf", "torchao", "aimet-torch"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def main() -> None:
