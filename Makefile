@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := .venv-peers
 
-.PHONY: demo test check lint types package faults clean
+.PHONY: demo test check lint types package faults peers training-step clean
 
 demo: $(READY)
 	$(BIN)/qtemper train digits-w2a2-tempering
@@ -40,8 +41,21 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # The table of docs/reliability.md: kills, full disks, damage, wrong settings; under 15 minutes on two cores.
 faults: $(READY)
 	$(BIN)/python -m benchmarks.faults
+
+# The libraries that the training step is compared with, never in the environment that develops and tests qtemper.
+peers: $(PEERS)/.ready
+
+$(PEERS)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet -c constraints.txt torch
+	$(PEERS)/bin/pip install --quiet -c constraints.txt -e '.[peers]'
+	touch $@
+
+# Time and memory of a training step, beside float and the peers; hours for everything, see --help for less.
+training-step: $(READY) $(PEERS)/.ready
+	$(BIN)/python -m benchmarks.training_step
