@@ -206,15 +206,16 @@ class _DecodeLearnedStep(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        value, v, scale, ctx.qmin, ctx.qmax, ctx.zero_point = inputs
-        ctx.save_for_backward(value, v, scale)
+        _, v, scale, ctx.qmin, ctx.qmax, ctx.zero_point = inputs
+        # The output, not `value`: it is in memory anyway, so noise in `value` need not be drawn again. Autograd knows
+        # its graph as it knows that of an input.
+        ctx.save_for_backward(output, v, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None, None, None]:
-        value, v, scale = ctx.saved_tensors
-        # `v` inside the range, the zero point outside.
-        inner = keep_between(v - ctx.zero_point, v, ctx.qmin, ctx.qmax) + ctx.zero_point if ctx.zero_point else None
-        residual = value - (keep_between(v, v, ctx.qmin, ctx.qmax) if inner is None else inner)
+        x_hat, v, scale = ctx.saved_tensors
+        position = v - ctx.zero_point if ctx.zero_point else v
+        residual = x_hat / scale.detach() - keep_between(position, v, ctx.qmin, ctx.qmax)
         # Detached: x / s in `encode` has a detached s, and dL/dx as a whole does not depend on s.
         return grad * scale.detach(), None, _sum_to(grad * residual, scale.shape), None, None, None
 

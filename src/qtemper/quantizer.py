@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
@@ -318,8 +318,12 @@ class Quantizer(nn.Module):
         """
         return self.quantize(x)[0] if self.enabled else x
 
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(self, x: Tensor, snap: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Fake-quantized `x` in its dtype, and the position behind it: in bins, float32 or float64, no gradient.
+
+        Args:
+            x: real values, any shape.
+            snap: moves positions to others, straight through; for a finer grid that noise shall stay on.
 
         Raises:
             NotCalibratedError: before `calibrate`.
@@ -328,6 +332,8 @@ class Quantizer(nn.Module):
         real = x.to(torch.promote_types(x.dtype, torch.float32))
         v = self.grid.encode(real)
         value = self.rounding(v) if self.training else F.round_ste(v)
+        if snap is not None:
+            value = F.replace_value(value, snap(value.detach()))
         x_hat = self.grid.decode(value, v)
         if self.training and self.rounding.hard_forward:
             value = torch.round(v)

@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 from torch.utils.checkpoint import checkpoint
 
-from qtemper import functional as F
 from qtemper.fast.integer import ACCUMULATOR_MAX, POINTWISE, Geometry, convolve_codes, is_exact
 from qtemper.quantizer import NoiseSource, Quantizer
 
-BLOCK = 2**17
+BLOCK = 2**20
 """Elements of a block of images: half a megabyte of float32, so that a few of them fit the second-level cache."""
 
 MIN_STEPS = 8
@@ -64,20 +63,18 @@ class Packing:
     high: int
     integral: bool
 
-    def pack(self, positions: Tensor, noise: NoiseSource | None) -> Tensor:
-        """Positions as uint8 or int8, rounded at random by `noise` where they are not codes."""
-        if self.integral and self.steps == 1 and self.shift == 0:
-            return positions.to(torch.int8 if self.low < 0 else torch.uint8)
-        scaled = (positions - self.zero_point) * self.steps
-        if not self.integral:
-            assert noise is not None
-            scaled = torch.floor(scaled + noise.dither(positions))  # nothing changes on the grid
-        dtype = torch.int8 if self.low < 0 else torch.uint8
-        return torch.clamp(scaled + self.shift, self.low, self.high).to(dtype)
+    def snap(self, positions: Tensor, noise: NoiseSource) -> Tensor:
+        """Positions rounded at random to the finer grid; those on it, all codes among them, stay."""
+        steps = torch.floor((positions - self.zero_point) * self.steps + noise.dither(positions))
+        low, high = self.low - self.shift, self.high - self.shift
+        return torch.clamp(steps, low, high) / self.steps + self.zero_point
 
-    def unpack(self, integers: Tensor, scale: Tensor) -> Tensor:
-        """The real values of integers, float32."""
-        return (integers.to(torch.float32) - self.shift) * (scale / self.steps)
+    def pack(self, positions: Tensor) -> Tensor:
+        """Positions on the grid as uint8 or int8."""
+        dtype = torch.int8 if self.low < 0 else torch.uint8
+        if self.integral and self.steps == 1 and self.shift == 0:
+            return positions.to(dtype)
+        return torch.round((positions - self.zero_point) * self.steps + self.shift).to(dtype)
 
 
 def _packing(quantizer: Quantizer, *, signed: bool) -> Packing | None:
@@ -222,14 +219,12 @@ def _conv_backward(
 
 def _quantize(quantizer: Quantizer, packing: Packing | None, x: Tensor) -> tuple[Tensor, Tensor]:
     """Fake-quantized values, and the integers that they are made of (empty where there are none)."""
-    x_hat, positions = quantizer.quantize(x)
     if packing is None:
+        x_hat, positions = quantizer.quantize(x)
         return x_hat, positions.new_empty(0)
-    codes = packing.pack(positions, next(iter(_noise(quantizer)), None))
-    if not packing.integral:
-        scale = quantizer.grid.scale(positions).detach()
-        x_hat = F.replace_value(x_hat, packing.unpack(codes, scale).to(x_hat.dtype))
-    return x_hat, codes
+    snap = None if packing.integral else partial(packing.snap, noise=_noise(quantizer)[0])
+    x_hat, positions = quantizer.quantize(x, snap)
+    return x_hat, packing.pack(positions)
 
 
 def _compiled(act: Quantizer, weight: Quantizer, plan: _Plan, x: Tensor, latent: Tensor) -> Tensor:
@@ -265,8 +260,8 @@ class _Blocked(torch.autograd.Function):
         if plan.act is None:
             x_hat = _by_blocks(act, x, lambda block: act.quantize(block)[0], plan.dtype)
             return _convolve(_pixels(x_hat, plan), w_hat, plan)
-        packing, noise = plan.act, next(iter(_noise(act)), None)
-        x_codes = _by_blocks(act, x, lambda block: packing.pack(act.quantize(block)[1], noise), torch.uint8)
+        packing = plan.act
+        x_codes = _by_blocks(act, x, lambda block: _quantize(act, packing, block)[1], torch.uint8)
         scale = _output_scale(act, weight, plan, x, latent)
         return convolve_codes(_pixels(x_codes, plan), w_codes, scale, packing.shift, plan.geometry, plan.dtype)
 
