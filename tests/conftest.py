@@ -28,9 +28,12 @@ def cifar100(shared_data: Path) -> ImageData:
     return load_cifar(shared_data, "cifar100")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Tiny tensors are slower on several threads, above all when other processes run."""
+    """Tiny tensors are slower on several threads, above all when other processes run.
+
+    For a module, because a module's own fixtures must see the same number: another order of sums has other last bits.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -135,17 +135,28 @@ def test_noise_keeps_its_mean_and_variance_on_the_finer_grid():
     source.seed(0, "here")
     x = torch.full((2000, 500), 0.3)
     value = 4.2 + 0.1 * (source(x) - 0.5)
-    packing = fast_layer.Packing(0.0, 14, 14, 0, 238, False)
+    packing = fast_layer.Packing(0.0, 12, 12, 0, 204, False)
     moved = packing.snap(value, source)
-    assert torch.equal((packing.pack(moved).float() - 14) / 14, moved)
+    assert torch.equal((packing.pack(moved).float() - 12) * (1 / 12), moved)
     moved = moved.double()
     count = value.numel()
     # Standard errors of a mean: at most half a step in each of 1e6 draws.
-    assert abs(float(moved.mean() - value.double().mean())) < 4 * (1 / 28) / count**0.5 + 1 / (512 * 14 * 2)
+    assert abs(float(moved.mean() - value.double().mean())) < 4 * (1 / 24) / count**0.5 + 1 / (512 * 12 * 2)
     # Stochastic rounding adds at most (step / 2)**2.
-    assert float(value.double().var()) < float(moved.var()) < float(value.double().var()) + (1 / 28) ** 2
+    assert float(value.double().var()) < float(moved.var()) < float(value.double().var()) + (1 / 24) ** 2
     codes = torch.arange(15.0)
     assert torch.equal(packing.snap(codes, source), codes)
+
+
+@pytest.mark.parametrize("zero_point", [0.0, -0.5])
+def test_codes_stay_where_they_are_on_every_finer_grid(zero_point):
+    source = NoiseSource()
+    for steps in set(range(8, fast_layer.MAX_STEPS + 1)) - set(fast_layer._INEXACT):
+        if zero_point and steps % 2:
+            continue
+        codes = torch.arange(-(120 // steps), 240 // steps + 1).float()
+        packing = fast_layer.Packing(zero_point, steps, 0, -300, 300, False)
+        assert torch.equal(packing.snap(codes, source), codes), steps
 
 
 @pytest.mark.parametrize("method", [*METHODS, *NOISY])

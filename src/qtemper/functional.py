@@ -215,7 +215,7 @@ class _DecodeLearnedStep(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None, None, None]:
         x_hat, v, scale = ctx.saved_tensors
         position = v - ctx.zero_point if ctx.zero_point else v
-        residual = x_hat / scale.detach() - keep_between(position, v, ctx.qmin, ctx.qmax)
+        residual = x_hat * scale.detach().reciprocal() - keep_between(position, v, ctx.qmin, ctx.qmax)
         # Detached: x / s in `encode` has a detached s, and dL/dx as a whole does not depend on s.
         return grad * scale.detach(), None, _sum_to(grad * residual, scale.shape), None, None, None
 

@@ -32,6 +32,9 @@ BLOCK = 2**20
 MIN_STEPS = 8
 """Steps per bin below which noise is not put on a finer grid, but convolved as float numbers."""
 
+MAX_STEPS = 64
+"""More are of no use."""
+
 
 class _Layer(Protocol):
     """What is needed of a quantized layer."""
@@ -41,6 +44,10 @@ class _Layer(Protocol):
 
     @property
     def latent_weight(self) -> nn.Parameter: ...
+
+
+_INEXACT = (13, 14, 15, 26, 28, 30, 41, 47, 52, 55, 56, 60, 61, 63)
+"""Steps per bin whose float32 reciprocal, times a multiple of half of them, is not always exact."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +72,11 @@ class Packing:
 
     def snap(self, positions: Tensor, noise: NoiseSource) -> Tensor:
         """Positions rounded at random to the finer grid; those on it, all codes among them, stay."""
-        steps = torch.floor((positions - self.zero_point) * self.steps + noise.dither(positions))
+        relative = positions - self.zero_point if self.zero_point else positions
+        steps = torch.floor(relative * self.steps + noise.dither(positions))
         low, high = self.low - self.shift, self.high - self.shift
-        return torch.clamp(steps, low, high) / self.steps + self.zero_point
+        value = torch.clamp(steps, low, high) * (1.0 / self.steps)
+        return value + self.zero_point if self.zero_point else value
 
     def pack(self, positions: Tensor) -> Tensor:
         """Positions on the grid as uint8 or int8."""
@@ -93,7 +102,9 @@ def _packing(quantizer: Quantizer, *, signed: bool) -> Packing | None:
             return None
         below, above = below - 2 * reach, above + 2 * reach
         steps = 2 * 127 // max(-below, above) if signed else 2 * 255 // (above - below)
-        steps -= steps % (1 + half)
+        steps = min(steps, MAX_STEPS)
+        while steps in _INEXACT or steps % (1 + half):
+            steps -= 1
         if steps < MIN_STEPS:
             return None
     low, high = below * steps // 2, -(-above * steps // 2)
