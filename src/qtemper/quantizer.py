@@ -181,7 +181,8 @@ class Rounding(nn.Module, ABC):
     """What replaces `round()` while training: positions in, surrogate positions with their gradient out.
 
     What changes during training (a temperature, a hardness) is a buffer that `set_progress` fills, so that
-    torch.compile does not specialise on it and a checkpoint holds it. Subclasses are final.
+    torch.compile does not specialise on it and a checkpoint holds it. `forward` changes nothing but what a backward
+    pass adds to statistics: the fast path calls it again to recompute. Subclasses are final.
     """
 
     hard_forward: bool = False

@@ -29,16 +29,9 @@ POINTWISE = Geometry((1, 1), (0, 0), (1, 1), 1)
 
 @torch.library.custom_op("qtemper::convolve_codes", mutates_args=())
 def _convolve_codes(
-    x: Tensor,
-    w: Tensor,
-    scale: Tensor,
-    zero_point: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    dtype: torch.dtype,
+    x: Tensor, w: Tensor, scale: Tensor, zero_point: int, geometry: list[int], dtype: torch.dtype
 ) -> Tensor:
+    stride, padding, dilation, groups = geometry[:2], geometry[2:4], geometry[4:6], geometry[6]
     zeros = torch.zeros(scale.shape, dtype=torch.int32)
     op = torch.ops.onednn
     packed = op.qconv_prepack(w, scale, 1.0, zero_point, stride, padding, dilation, groups, list(x.shape))
@@ -48,17 +41,8 @@ def _convolve_codes(
 
 
 @_convolve_codes.register_fake
-def _(
-    x: Tensor,
-    w: Tensor,
-    scale: Tensor,
-    zero_point: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _(x: Tensor, w: Tensor, scale: Tensor, zero_point: int, geometry: list[int], dtype: torch.dtype) -> Tensor:
+    stride, padding, dilation = geometry[:2], geometry[2:4], geometry[4:6]
     size = [
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(2)
     ]
@@ -82,8 +66,8 @@ def convolve_codes(
     Returns:
         Shape (N, O, H', W'), channels_last; no gradient.
     """
-    stride, padding, dilation, groups = (list(part) if isinstance(part, tuple) else part for part in geometry)
-    result: Tensor = _convolve_codes(x, w, scale, zero_point, stride, padding, dilation, groups, dtype)
+    numbers = [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
+    result: Tensor = _convolve_codes(x, w, scale, zero_point, numbers, dtype)
     return result
 
 

@@ -1,0 +1,103 @@
+"""How the values of a quantizer become 8-bit integers: codes as they are, noise on a finer grid.
+
+Noise that is not on the grid is rounded to the finer grid at random, without bias. A code stays where it is, so that
+where the noise has faded the integers are the codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from qtemper.quantizer import NoiseSource, Quantizer
+
+MIN_STEPS = 8
+"""Steps per bin below which noise is not put on a finer grid, but convolved as float numbers."""
+
+MAX_STEPS = 64
+"""More are of no use."""
+
+INEXACT = (13, 14, 15, 26, 28, 30, 41, 47, 52, 55, 56, 60, 61, 63)
+"""Steps per bin whose float32 reciprocal, times a multiple of half of them, is not always exact."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How positions become 8-bit integers: `(position - zero_point) * steps + shift`.
+
+    Attributes:
+        zero_point: of the positions.
+        steps: integers per bin; 1 for codes, 2 for codes with a zero point of one half, more for noise.
+        shift: the integer that stands for zero.
+        low: smallest integer.
+        high: largest integer.
+        integral: whether positions are codes, so that nothing is rounded here.
+    """
+
+    zero_point: float
+    steps: int
+    shift: int
+    low: int
+    high: int
+    integral: bool
+
+    def snap(self, positions: Tensor, noise: NoiseSource) -> Tensor:
+        """Positions rounded at random to the finer grid; those on it, all codes among them, stay."""
+        relative = positions - self.zero_point if self.zero_point else positions
+        steps = torch.floor(relative * self.steps + noise.dither(positions))
+        low, high = self.low - self.shift, self.high - self.shift
+        value = torch.clamp(steps, low, high) * (1.0 / self.steps)
+        return value + self.zero_point if self.zero_point else value
+
+    def pack(self, positions: Tensor) -> Tensor:
+        """Positions on the grid as uint8 or int8."""
+        dtype = torch.int8 if self.low < 0 else torch.uint8
+        if self.integral and self.steps == 1 and self.shift == 0:
+            return positions.to(dtype)
+        return torch.round((positions - self.zero_point) * self.steps + self.shift).to(dtype)
+
+
+def packing_of(quantizer: Quantizer, *, signed: bool) -> Packing | None:
+    """The finest packing into int8 or uint8 that is allowed, or None if there is none."""
+    if quantizer.grid.has_offset:
+        return None
+    # Half bins, so that only integers and strings decide: torch.compile would make variables of floats.
+    qmin, qmax, _ = quantizer.grid.codes
+    half = 1 if quantizer.grid.levels == "symmetric" else 0
+    below, above = 2 * qmin + half, 2 * qmax + half
+    if quantizer.integral:
+        steps = 1 + half
+    else:
+        reach = quantizer.rounding.reach
+        if reach is None or not noise_of(quantizer):
+            return None
+        below, above = below - 2 * reach, above + 2 * reach
+        steps = 2 * 127 // max(-below, above) if signed else 2 * 255 // (above - below)
+        steps = min(steps, MAX_STEPS)
+        while steps in INEXACT or steps % (1 + half):
+            steps -= 1
+        if steps < MIN_STEPS:
+            return None
+    low, high = below * steps // 2, -(-above * steps // 2)
+    shift = 0 if signed else -low
+    if low + shift < (-128 if signed else 0) or high + shift > (127 if signed else 255):
+        return None
+    return Packing(-0.5 if half else 0.0, steps, shift, low + shift, high + shift, quantizer.integral)
+
+
+def quantize(quantizer: Quantizer, packing: Packing | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Fake-quantized values, and the integers that they are made of (empty where there are none)."""
+    if packing is None:
+        x_hat, positions = quantizer.quantize(x)
+        return x_hat, positions.new_empty(0)
+    snap = None if packing.integral else partial(packing.snap, noise=noise_of(quantizer)[0])
+    x_hat, positions = quantizer.quantize(x, snap)
+    return x_hat, packing.pack(positions)
+
+
+def noise_of(*quantizers: Quantizer) -> list[NoiseSource]:
+    """The noise sources of quantizers."""
+    return [module for q in quantizers for module in q.modules() if isinstance(module, NoiseSource)]

@@ -1,0 +1,73 @@
+"""What is to be computed for a layer, decided once per call: its geometry, its integers or none, its dtype."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from qtemper.fast.integer import ACCUMULATOR_MAX, Geometry, is_exact
+from qtemper.fast.packing import Packing, packing_of
+from qtemper.quantizer import Quantizer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a layer's forward that is no tensor."""
+
+    linear: bool
+    geometry: Geometry
+    act: Packing | None
+    weight: Packing | None
+    dtype: torch.dtype
+
+
+def make_plan(act: Quantizer, weight: Quantizer, linear: bool, geometry: Geometry, x: Tensor, latent: Tensor) -> Plan:
+    """Integers where both quantizers' values fit 8 bits and the CPU is exact for them, float numbers elsewhere."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if device == "cpu" and act.spec.channel_axis is None and dtype in (torch.float32, torch.bfloat16):
+        a, w = packing_of(act, signed=False), packing_of(weight, signed=True)
+        if a is not None and w is not None:
+            largest = max(a.high - a.shift, a.shift) * max(-w.low, w.high) * math.prod(latent.shape[1:])
+            if largest <= ACCUMULATOR_MAX and is_exact(a.high, a.shift, w.low, w.high, geometry.groups > 1):
+                return Plan(linear, geometry, a, w, dtype)
+    return Plan(linear, geometry, None, None, dtype)
+
+
+def pixels(x: Tensor, plan: Plan) -> Tensor:
+    """A linear layer's operand, (..., features), as images of one pixel; a convolution's as it is."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1], 1, 1) if plan.linear else x
+
+
+def output_scale(act: Quantizer, weight: Quantizer, plan: Plan, x: Tensor, latent: Tensor) -> Tensor:
+    """Real value of one step of the integers' product, shape (1,) or (channels,)."""
+    assert plan.act is not None and plan.weight is not None  # noqa: PT018
+    with torch.no_grad():
+        scales = act.grid.scale(x.float()) * weight.grid.scale(latent)
+        return (scales / (plan.act.steps * plan.weight.steps)).reshape(-1)
+
+
+def convolve(x_hat: Tensor, w_hat: Tensor, plan: Plan) -> Tensor:
+    """The float convolution, in the plan's dtype."""
+    stride, padding, dilation, groups = plan.geometry
+    return conv2d(x_hat.to(plan.dtype), w_hat.to(plan.dtype), None, stride, padding, dilation, groups)
+
+
+def convolve_backward(
+    grad: Tensor, x_hat: Tensor, w_hat: Tensor, plan: Plan, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of a convolution's operands, those that are wanted."""
+    stride, padding, dilation, groups = (list(p) if isinstance(p, tuple) else p for p in plan.geometry)
+    x, w = x_hat.to(grad.dtype), w_hat.to(grad.dtype)
+    mask = [wanted[0], wanted[1], False]
+    found = torch.ops.aten.convolution_backward(
+        grad, x, w, None, stride, padding, dilation, False, [0, 0], groups, mask
+    )
+    return (
+        found[0].to(x_hat.dtype) if mask[0] else None,
+        found[1].to(w_hat.dtype) if mask[1] else None,
+    )
