@@ -8,7 +8,7 @@ from torch import nn
 
 import qtemper
 from qtemper import fast
-from qtemper.fast import blocks, integer, packing
+from qtemper.fast import blocks, integer, packing, pooling
 from qtemper.fast import layer as fast_layer
 from qtemper.fast.integer import Geometry, convolve_codes, is_exact
 from qtemper.methods.tempering import NoiseTempering
@@ -134,17 +134,15 @@ def test_noise_keeps_its_mean_and_variance_on_the_finer_grid():
     source.seed(0, "here")
     x = torch.full((2000, 500), 0.3)
     value = 4.2 + 0.1 * (source(x) - 0.5)
-    finer = packing.Packing(0.0, 12, 12, 0, 204, False)
-    moved = finer.snap(value, source)
-    assert torch.equal((finer.pack(moved).float() - 12) * (1 / 12), moved)
-    moved = moved.double()
+    finer = packing.Packing(0.0, 12, 12, 0, 204, integral=False, noisy=True)
+    moved = finer.unpack(finer.pack(value, source), value).double()
     count = value.numel()
     # Standard errors of a mean: at most half a step in each of 1e6 draws.
     assert abs(float(moved.mean() - value.double().mean())) < 4 * (1 / 24) / count**0.5 + 1 / (512 * 12 * 2)
     # Stochastic rounding adds at most (step / 2)**2.
     assert float(value.double().var()) < float(moved.var()) < float(value.double().var()) + (1 / 24) ** 2
     codes = torch.arange(15.0)
-    assert torch.equal(finer.snap(codes, source), codes)
+    assert torch.equal(finer.unpack(finer.pack(codes, source), codes), codes)
 
 
 @pytest.mark.parametrize("zero_point", [0.0, -0.5])
@@ -153,9 +151,9 @@ def test_codes_stay_where_they_are_on_every_finer_grid(zero_point):
     for steps in set(range(8, packing.MAX_STEPS + 1)) - set(packing.INEXACT):
         if zero_point and steps % 2:
             continue
-        codes = torch.arange(-(120 // steps), 240 // steps + 1).float()
-        finer = packing.Packing(zero_point, steps, 0, -300, 300, False)
-        assert torch.equal(finer.snap(codes, source), codes), steps
+        codes = torch.arange(-(120 // steps), 120 // steps).float()
+        finer = packing.Packing(zero_point, steps, 120, 0, 255, integral=False, noisy=True)
+        assert torch.equal(finer.unpack(finer.pack(codes, source), codes), codes), steps
 
 
 @pytest.mark.parametrize("method", [*METHODS, *NOISY])
@@ -293,3 +291,18 @@ def test_fifty_steps_have_the_losses_of_the_plain_path(method, compiled):
 def _bits(text):
     weight, act = text[1:].split("A")
     return int(weight), int(act)
+
+
+@pytest.mark.parametrize("size", [(3, 2, 1), (2, None, 0)])
+def test_compiled_pooling_is_torchs(size):
+    kernel, stride, padding = size
+    pool = torch.nn.Sequential(torch.nn.MaxPool2d(kernel, stride, padding))
+    x = torch.randn(2, 5, 11, 12).contiguous(memory_format=torch.channels_last).requires_grad_()
+    expected = pool(x)
+    grad = torch.randn_like(expected)
+    (expected_grad,) = torch.autograd.grad(expected, x, grad)
+    pooling.adopt(pool)
+    assert torch.equal(pool(x), expected)
+    out = torch.compile(pool, fullgraph=True)(x)
+    assert torch.equal(out, expected)
+    assert torch.equal(torch.autograd.grad(out, x, grad)[0], expected_grad)

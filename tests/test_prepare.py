@@ -10,6 +10,7 @@ from torch import nn
 import qtemper
 from qtemper import BitPolicy, Rule
 from qtemper.layers import QuantConv2d, QuantLayer, QuantLinear
+from qtemper.prepare import quantizer_table
 
 SAME = BitPolicy(8, 8, "same")
 
@@ -199,3 +200,13 @@ def test_tempering_scheduler_counts_like_set_progress():
     restored = qtemper.Tempering(copy.deepcopy(model), total_steps=10)
     restored.load_state_dict(scheduler.state_dict())
     assert restored.last_step == 10
+
+
+@pytest.mark.parametrize(("rule", "trained"), [((), False), ((Rule("0", train_input=True),), True)])
+def test_an_8_bit_network_input_keeps_its_calibrated_scale(rule, trained):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    qtemper.prepare(model, "lsq", BitPolicy(first_last="8bit", rules=rule))
+    assert all(p.requires_grad == trained for p in model[0].act_quantizer.parameters())
+    others = (model[0].weight_quantizer, model[1].act_quantizer, model[2].act_quantizer)
+    assert all(p.requires_grad for q in others for p in q.parameters())
+    assert ("fixed" in quantizer_table(model)) != trained

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import qtemper
 from qtemper.methods.ewgs import EWGS
+from qtemper.methods.lsq import LSQ
 from qtemper.methods.tempering import NoiseTempering
 from qtemper.quantizer import Method
 
@@ -71,11 +72,15 @@ def _float(setup: Setup, images: Tensor) -> Subject:
     return Subject(model, [{"params": list(model.parameters())}])
 
 
-def _ours(method: Callable[[], Method | str]) -> Build:
+def _ours(method: Callable[[], Method], *, train_input: bool = False) -> Build:
     def build(setup: Setup, images: Tensor) -> Subject:
         model = setup.network()
         policy = qtemper.BitPolicy(setup.weight, setup.activation, setup.first_last)
-        qtemper.prepare(model, method(), policy, seed=setup.seed)
+        chosen = method()
+        plan = qtemper.make_plan(model, policy, chosen)
+        if train_input:
+            plan.set(next(iter(plan)).layer, "activation", trained=True)
+        qtemper.prepare(model, chosen, plan, seed=setup.seed)
         qtemper.calibrate(model, [images])
         return Subject(
             model,
@@ -105,8 +110,8 @@ def _on_grid(noise_on: Literal["weights", "both"]) -> Method:
     return NoiseTempering(noise="on_grid", noise_on=noise_on, delta_rule="fixed", delta_weight=0.1)
 
 
-OURS: dict[str, Callable[[], Method | str]] = {
-    "lsq": lambda: "lsq",
+OURS: dict[str, Callable[[], Method]] = {
+    "lsq": LSQ,
     "ewgs": lambda: EWGS(rule="hessian"),
     "tempering-weights": lambda: NoiseTempering(noise_on="weights"),
     "tempering-both": lambda: NoiseTempering(noise_on="both"),
@@ -135,6 +140,7 @@ def _add(
 _add(REFERENCE, _float, "torch")
 for _key, _method in OURS.items():
     _add(_key, _ours(_method), "ours")
+_add("lsq-train-input", _ours(OURS["lsq"], train_input=True), "ours", note="the scale of the images is trained too")
 _add("textbook-lsq", _converted(textbook.quantize), "torch")
 _add("torch.ao", _converted(peers.torch_ao), "torch", compiles=False, note="fused moving-average fake quantization")
 _add("brevitas", _converted(peers.brevitas), "peer", note="learned scales for weights and inputs")

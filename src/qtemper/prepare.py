@@ -9,6 +9,7 @@ from torch import nn
 
 from qtemper import layers
 from qtemper.errors import ConfigError
+from qtemper.fast import pooling
 from qtemper.methods import get_method
 from qtemper.policy import FLOAT_BITS, BitPolicy, Granularity, Plan, Row, format_table, make_plan
 from qtemper.quantizer import Method, NoiseSource, Quantizer, QuantSpec, TensorKind, quantizers
@@ -54,6 +55,7 @@ def prepare(model: nn.Module, method: Method | str, policy: BitPolicy | Plan | s
     for layer, (weight, act) in built:
         if weight is not None or act is not None:
             layers.quantize_layer(layer, weight, act)
+    pooling.adopt(model)
     for name, quantizer in quantizers(model):
         quantizer.name = name
         quantizer.train(model.training)
@@ -86,6 +88,8 @@ def _build(method: Method, row: Row | None, layer: nn.Module) -> Quantizer | Non
         grid, rounding = method.grid(row.tensor, spec, channels), method.rounding(row.tensor, spec)
     except ValueError as error:
         raise ConfigError(f"{row.layer}, {row.tensor}: {error}") from None
+    if not row.trained:
+        grid.requires_grad_(False)
     return Quantizer(spec, grid, rounding).to(weight.device)
 
 
@@ -103,7 +107,8 @@ def quantizer_table(model: nn.Module) -> str:
             else:
                 spec = quantizer.spec
                 granularity: Granularity = "tensor" if spec.channel_axis is None else "channel"
-                rows.append(Row(name, kind, spec.bits, quantizer.grid.levels, granularity))
+                trained = all(p.requires_grad for p in quantizer.grid.parameters())
+                rows.append(Row(name, kind, spec.bits, quantizer.grid.levels, granularity, trained))
     return format_table(rows)
 
 

@@ -250,6 +250,10 @@ class NoiseSource(nn.Module):
         """Noise in (0, 1), float32, shape and device of `v`."""
         return counter.uniform(self._bits(v))
 
+    def signed(self, v: Tensor) -> Tensor:
+        """Noise in [-1, 1] of the same bits, for half the operations; not independent of `forward`."""
+        return counter.signed_uniform(self._bits(v))
+
     def dither(self, v: Tensor) -> Tensor:
         """Further, independent noise in (0, 1) for the same elements, in steps of 1/512."""
         return counter.coarse_uniform(self._bits(v))

@@ -3,19 +3,21 @@
 Both quantizers are run as they are; what differs is when and on what.
 
 - Compiled, a quantizer's arithmetic is recomputed in the backward pass by way of `torch.utils.checkpoint`, fused with
-  what produced its input. Kept is what the float network keeps, or less.
+  what produced its input. Kept is what the float network keeps, or less; of noisy activations also the 8-bit codes, so
+  that noise is drawn once.
 - Not compiled, one autograd function does quantizers and convolution (`blocks`).
 - Where both tensors are integers that fit 8 bits (`packing`), the forward convolution is one of integers (`integer`).
 """
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from qtemper.fast.blocks import quantize_and_convolve
 from qtemper.fast.integer import POINTWISE, Geometry, convolve_codes
@@ -85,8 +87,27 @@ class _ConvolveCodes(torch.autograd.Function):
         return grad_x, grad_w, None, None, None, None, None
 
 
+def _keep_codes() -> Any:
+    """Of what a checkpointed region computes, codes are kept for the backward pass."""
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        codes = op is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.uint8
+        return CheckpointPolicy.MUST_SAVE if codes else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
+
+
+_keep_codes.cache_hash = "qtemper keeps codes"  # type: ignore[attr-defined]  # or no graph with it would be cached
+# torch warns of a context_fn because in-place operations in the region would break it; a quantizer has none.
+logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn is passed" not in record.msg)
+
+
 def _compiled(act: Quantizer, weight: Quantizer, plan: Plan, x: Tensor, latent: Tensor) -> Tensor:
     recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    keep = _keep_codes
+    # Asking for its attribute lets the compiler know the function, without which it does not take it.
+    if plan.act is not None and plan.act.noisy and keep.cache_hash:  # type: ignore[attr-defined]
+        recompute = partial(recompute, context_fn=keep)
     x_hat, x_codes = recompute(partial(quantize, act, plan.act), x)
     w_hat, w_codes = quantize(weight, plan.weight, latent)  # small, and used far from where it is made
     x_hat, w_hat = pixels(x_hat, plan), pixels(w_hat, plan)

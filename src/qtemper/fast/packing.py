@@ -7,7 +7,6 @@ where the noise has faded the integers are the codes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,6 +34,7 @@ class Packing:
         low: smallest integer.
         high: largest integer.
         integral: whether positions are codes, so that nothing is rounded here.
+        noisy: whether noise is in the positions, so that it costs less to keep them than to find them again.
     """
 
     zero_point: float
@@ -43,21 +43,24 @@ class Packing:
     low: int
     high: int
     integral: bool
+    noisy: bool
 
-    def snap(self, positions: Tensor, noise: NoiseSource) -> Tensor:
-        """Positions rounded at random to the finer grid; those on it, all codes among them, stay."""
+    def pack(self, positions: Tensor, noise: NoiseSource | None) -> Tensor:
+        """Positions as uint8 or int8; those between two steps of a finer grid rounded to either at random."""
         relative = positions - self.zero_point if self.zero_point else positions
-        steps = torch.floor(relative * self.steps + noise.dither(positions))
-        low, high = self.low - self.shift, self.high - self.shift
-        value = torch.clamp(steps, low, high) * (1.0 / self.steps)
-        return value + self.zero_point if self.zero_point else value
+        if not self.integral:
+            assert noise is not None
+            steps = torch.floor(relative * self.steps + noise.dither(positions)) + self.shift
+            steps = torch.clamp(steps, self.low, self.high)
+        else:  # a product that is an integer
+            steps = relative * self.steps + self.shift if self.steps != 1 or self.shift else relative
+        return steps.to(torch.int8 if self.low < 0 else torch.uint8)
 
-    def pack(self, positions: Tensor) -> Tensor:
-        """Positions on the grid as uint8 or int8."""
-        dtype = torch.int8 if self.low < 0 else torch.uint8
-        if self.integral and self.steps == 1 and self.shift == 0:
-            return positions.to(dtype)
-        return torch.round((positions - self.zero_point) * self.steps + self.shift).to(dtype)
+    def unpack(self, codes: Tensor, like: Tensor) -> Tensor:
+        """Positions of codes, in the dtype of `like`."""
+        steps = codes.to(like.dtype)
+        value = (steps - self.shift if self.shift else steps) * (1.0 / self.steps)
+        return value + self.zero_point if self.zero_point else value
 
 
 def packing_of(quantizer: Quantizer, *, signed: bool) -> Packing | None:
@@ -67,12 +70,13 @@ def packing_of(quantizer: Quantizer, *, signed: bool) -> Packing | None:
     # Half bins, so that only integers and strings decide: torch.compile would make variables of floats.
     qmin, qmax, _ = quantizer.grid.codes
     half = 1 if quantizer.grid.levels == "symmetric" else 0
+    noisy = quantizer.training and not quantizer.rounding.hard_forward and bool(noise_of(quantizer))
     below, above = 2 * qmin + half, 2 * qmax + half
     if quantizer.integral:
         steps = 1 + half
     else:
         reach = quantizer.rounding.reach
-        if reach is None or not noise_of(quantizer):
+        if reach is None or not noisy:
             return None
         below, above = below - 2 * reach, above + 2 * reach
         steps = 2 * 127 // max(-below, above) if signed else 2 * 255 // (above - below)
@@ -85,7 +89,7 @@ def packing_of(quantizer: Quantizer, *, signed: bool) -> Packing | None:
     shift = 0 if signed else -low
     if low + shift < (-128 if signed else 0) or high + shift > (127 if signed else 255):
         return None
-    return Packing(-0.5 if half else 0.0, steps, shift, low + shift, high + shift, quantizer.integral)
+    return Packing(-0.5 if half else 0.0, steps, shift, low + shift, high + shift, quantizer.integral, noisy)
 
 
 def quantize(quantizer: Quantizer, packing: Packing | None, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,9 +97,16 @@ def quantize(quantizer: Quantizer, packing: Packing | None, x: Tensor) -> tuple[
     if packing is None:
         x_hat, positions = quantizer.quantize(x)
         return x_hat, positions.new_empty(0)
-    snap = None if packing.integral else partial(packing.snap, noise=noise_of(quantizer)[0])
-    x_hat, positions = quantizer.quantize(x, snap)
-    return x_hat, packing.pack(positions)
+    codes: list[Tensor] = []
+
+    def through_codes(positions: Tensor) -> Tensor:
+        codes.append(packing.pack(positions, noise_of(quantizer)[0]))
+        return packing.unpack(codes[0], positions)
+
+    if packing.noisy:
+        return quantizer.quantize(x, through_codes)[0], codes[0]
+    x_hat, positions = quantizer.quantize(x)
+    return x_hat, packing.pack(positions, None)
 
 
 def noise_of(*quantizers: Quantizer) -> list[NoiseSource]:

@@ -38,7 +38,7 @@ class UniformNoise(Rounding):
 
     def forward(self, v: Tensor) -> Tensor:
         """Add noise."""
-        return F.replace_value(v, v.detach() + (self.noise(v) - 0.5).to(v.dtype))
+        return F.replace_value(v, v.detach() + (0.5 * self.noise.signed(v)).to(v.dtype))
 
     def set_progress(self, progress: float) -> None:
         """Fresh noise."""

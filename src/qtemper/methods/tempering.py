@@ -49,13 +49,13 @@ from qtemper.schedules import Exponential, Schedule
 NoiseName = Literal["none", "uniform", "rademacher", "gaussian", "toward_input", "on_grid"]
 RuleName = Literal["fixed", "hessian", "gradient", "correlation"]
 
-ZETA: dict[str, Callable[[Tensor], Tensor]] = {
-    "uniform": lambda u: (2 * u - 1) * math.sqrt(3.0),
-    "rademacher": lambda u: torch.where(u < 0.5, -1.0, 1.0),
-    "gaussian": counter.gaussian_from_uniform,
-    "toward_input": lambda u: u,
+ZETA: dict[str, Callable[[NoiseSource, Tensor, Tensor], Tensor]] = {
+    "uniform": lambda noise, v, t: (t * math.sqrt(3.0)) * noise.signed(v).to(v.dtype),
+    "rademacher": lambda noise, v, t: t * torch.where(noise(v) < 0.5, -1.0, 1.0).to(v.dtype),
+    "gaussian": lambda noise, v, t: t * counter.gaussian_from_uniform(noise(v)).to(v.dtype),
+    "toward_input": lambda noise, v, t: t * noise(v).to(v.dtype),
 }
-"""Multiplier of the error from uniform noise in (0, 1). `on_grid` jumps instead of multiplying."""
+"""Multiplier T * zeta of the error, from noise, positions and T. `on_grid` jumps instead of multiplying."""
 
 REACH = {
     "none": 0.0,
@@ -168,11 +168,10 @@ class TemperedRounding(Rounding):
         value = q
         multiplier = None
         if self.noise is not None:
-            u = self.noise(v).to(v.dtype)
             if self.variant == "on_grid":
-                value = q + _jump(v - q, u, self.temperature)
+                value = q + _jump(v - q, self.noise(v).to(v.dtype), self.temperature)
             else:
-                multiplier = self.temperature.to(v.dtype) * ZETA[self.variant](u)
+                multiplier = ZETA[self.variant](self.noise, v, self.temperature.to(v.dtype))
                 if isinstance(self.delta, GradientDelta):
                     multiplier = multiplier * self.delta.gain()
                 value = q + multiplier * (v - q)

@@ -85,6 +85,7 @@ class ResNet(nn.Module):
         one, two, three, four = _BLOCKS[depth]
         self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.layer1 = _stage(block, 64, 64, one, stride=1)
         self.layer2 = _stage(block, 64 * block.expansion, 128, two, stride=2)
         self.layer3 = _stage(block, 128 * block.expansion, 256, three, stride=2)
@@ -96,7 +97,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, in_channels, H, W) to logits (N, num_classes)."""
-        out = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)
+        out = self.maxpool(F.relu(self.bn1(self.conv1(x))))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         logits: Tensor = self.fc(out.mean((2, 3)))
         return logits
