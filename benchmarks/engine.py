@@ -90,7 +90,10 @@ def main() -> None:
         ratio = spread([a / b for a, b in pairs])
         step = spread([b / options.steps for _, b in pairs]).median
         found[method] = {"ratio": ratio.__dict__, "bare_seconds_per_step": step}
-        print(f"{method}: engine / bare loop {ratio.median:.3f} [{ratio.lower:.3f}, {ratio.upper:.3f}]; {1e3 * step:.0f} ms")
+        print(
+            f"{method}: engine / bare loop {ratio.median:.3f} [{ratio.lower:.3f}, {ratio.upper:.3f}], "
+            f"{1e3 * step:.0f} ms a step"
+        )
     record = {"environment": environment(0), "rounds": options.rounds, "steps": options.steps, "methods": found}
     options.out.write_text(json.dumps(record, indent=2) + "\n")
 

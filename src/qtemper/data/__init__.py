@@ -21,6 +21,7 @@ from qtemper.data.images import (
     augment,
     epoch_order,
     normalize,
+    shrink,
     test_batches,
     train_batches,
 )
@@ -65,6 +66,8 @@ class DataConfig:
         image_size: side of ImageNet's images in a batch, in pixels; others have their own.
         workers: processes that decode ImageNet's images; 0 decodes in the main one. Results do not depend on it.
         skip_limit: how many damaged or missing images of ImageNet may be replaced by the next one, with a warning.
+        shrink: images in memory become smaller by this factor, each pixel the mean of a square; 1 leaves them.
+        train_images: only so many training images, the first ones, of a data set in memory; 0 is all.
 
     Raises:
         ValueError: if the data set does not come from `source`, or a value is out of range.
@@ -78,6 +81,8 @@ class DataConfig:
     image_size: int = 224
     workers: int = 2
     skip_limit: int = 0
+    shrink: int = 1
+    train_images: int = 0
 
     def __post_init__(self) -> None:
         sources = {
@@ -97,9 +102,11 @@ class DataConfig:
             )
         if self.padding < 0:
             raise ValueError(f"padding must be 0 or more pixels, got {self.padding}.")
-        for name, least in (("image_size", 1), ("workers", 0), ("skip_limit", 0)):
+        for name, least in (("image_size", 1), ("workers", 0), ("skip_limit", 0), ("shrink", 1), ("train_images", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}.")
+        if self.name == "imagenet" and (self.shrink != 1 or self.train_images):
+            raise ValueError("shrink and train_images are for data sets in memory; for imagenet set image_size.")
 
 
 def load(config: DataConfig, root: Path | None = None) -> ImageData:
@@ -180,5 +187,11 @@ def open_source(config: DataConfig, root: Path | None = None, device: torch.devi
     """
     if config.name == "imagenet":
         return load_imagenet(config, root, device=device)
-    data = load(config, root).to(device)
-    return MemorySource(data, config.normalization, padding=config.padding, flip=config.flip)
+    data = load(config, root)
+    train = data.train
+    if config.train_images > len(train):
+        raise ValueError(f"train_images is {config.train_images} but {data.name} has {len(train)}; set fewer.")
+    if config.train_images:
+        train = Split(train.images[: config.train_images], train.labels[: config.train_images])
+    data = ImageData(data.name, shrink(train, config.shrink), shrink(data.test, config.shrink), data.classes)
+    return MemorySource(data.to(device), config.normalization, padding=config.padding, flip=config.flip)

@@ -20,6 +20,10 @@ class DivergedError(RuntimeError):
     """The loss is not finite; nothing of that step was kept."""
 
 
+DIVERGED_EXIT = 3
+"""Exit code of a command whose training diverged: its settings were sound, and the outcome is a result."""
+
+
 class MetricsLog:
     """`metrics.jsonl`: one JSON object a line. Without a directory it swallows everything.
 

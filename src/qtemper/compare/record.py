@@ -1,0 +1,131 @@
+"""What a run left: its state, and one JSON line that outlives the machine."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from qtemper.compare.grid import Run
+from qtemper.train.state import write_atomically
+
+State = Literal["waiting", "started", "done", "diverged", "failed"]
+
+
+def outcome_path(run: Run, root: Path) -> Path:
+    """The file in which the scheduler says how a run's process ended and how long it took."""
+    return root / "logs" / f"{run.directory(root).name}.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run's state and results.
+
+    Attributes:
+        run: which run.
+        state: `waiting` (nothing there), `started`, `done`, `diverged` (NaN: it counts as a result), or `failed`.
+        epochs: the epoch lines of its metrics.
+        result: its `result.json`.
+        environment: its `environment.json`.
+        outcome: what the scheduler noted.
+    """
+
+    run: Run
+    state: State
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    result: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    outcome: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def progress(self) -> float:
+        """Finished part of the training, 0 to 1."""
+        return 1.0 if self.state in ("done", "diverged") else len(self.epochs) / self.run.experiment.train.epochs
+
+    def line(self) -> dict[str, Any]:
+        """The run as plain data for a line of JSON."""
+        last = self.epochs[-1] if self.epochs else {}
+        keys = ("torch", "cpu_flags", "threads", "gpu", "commit")
+        return {
+            "config_hash": self.run.config_hash,
+            "recipe": self.run.recipe,
+            "arm": self.run.arm.label,
+            "assignments": list(self.run.arm.assignments),
+            "seed": self.run.seed,
+            "state": self.state,
+            **self.result,
+            "train_loss": last.get("train_loss"),
+            "train_top1": last.get("train_top1"),
+            "test_top1_by_epoch": {
+                str(e["epoch"]): e["test_top1"] for e in self.epochs if e.get("test_top1") is not None
+            },
+            "wall_seconds": self.outcome.get("seconds"),
+            "message": self.outcome.get("message"),
+            **{key: self.environment.get(key) for key in keys},
+        }
+
+
+def read(run: Run, root: Path) -> Record:
+    """The record of a run, as far as it got."""
+    directory = run.directory(root)
+    outcome = _json(outcome_path(run, root))
+    if not (directory / "config.json").is_file() and outcome.get("state") not in ("diverged", "failed"):
+        return Record(run, "waiting")
+    result = _json(directory / "result.json")
+    state: State = "started"
+    if (directory / "final.safetensors").is_file() and "top1" in result:
+        state = "done"
+    elif outcome.get("state") in ("diverged", "failed"):
+        state = outcome["state"]
+    return Record(
+        run, state, _epochs(directory / "metrics.jsonl"), result, _json(directory / "environment.json"), outcome
+    )
+
+
+def note(run: Run, root: Path, *, state: State, seconds: float, message: str = "") -> None:
+    """Write down how a run's process ended; the time adds to that of earlier processes."""
+    path = outcome_path(run, root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seconds += float(_json(path).get("seconds", 0.0))
+    data = {"state": state, "seconds": round(seconds, 1), "message": message, "at": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    write_atomically(path, (json.dumps(data) + "\n").encode())
+
+
+def append_lines(records: list[Record], path: Path) -> int:
+    """Add the ended runs to a file of JSON lines, each once; returns how many were new."""
+    known = set()
+    lines = path.read_text().splitlines() if path.exists() else []
+    for line in lines:
+        data = json.loads(line)
+        known.add((data["config_hash"], data["arm"]))
+    fresh = [
+        record.line()
+        for record in records
+        if record.state in ("done", "diverged") and (record.run.config_hash, record.run.arm.label) not in known
+    ]
+    if fresh:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, "".join(line + "\n" for line in [*lines, *map(json.dumps, fresh)]).encode())
+    return len(fresh)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _epochs(path: Path) -> list[dict[str, Any]]:
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            data = json.loads(line)
+        except ValueError:
+            continue  # the line that was being written when the process died
+        if isinstance(data, dict) and "epoch" in data:
+            found.append(data)
+    return found

@@ -1,0 +1,67 @@
+"""What a comparison says: its table, a figure where matplotlib is installed, and where it stands."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qtemper.compare.record import Record
+from qtemper.compare.table import Line, format_table, summarize
+from qtemper.train.state import write_atomically
+
+
+def table(records: list[Record], baseline: str | None) -> str:
+    """The table of the runs that have ended."""
+    return format_table(summarize(records, baseline), baseline)
+
+
+def status(records: list[Record], jobs: int) -> str:
+    """What is done, what is under way, and when the rest will end, judged by the runs that have ended."""
+    counts = {state: sum(r.state == state for r in records) for state in ("done", "diverged", "failed")}
+    lines = [", ".join(f"{n} {state}" for state, n in counts.items() if n or state == "done") + f" of {len(records)}"]
+    for r in records:
+        if r.state == "started":
+            epochs = r.run.experiment.train.epochs
+            lines.append(f"under way: {r.run.arm.label}, seed {r.run.seed}, epoch {len(r.epochs)} of {epochs}")
+        if r.state == "failed":
+            lines.append(f"failed: {r.run.arm.label}, seed {r.run.seed}: {r.outcome.get('message')}")
+    seconds = [float(r.outcome["seconds"]) for r in records if r.state == "done" and r.outcome.get("seconds")]
+    left = sum(1 - r.progress for r in records if r.state in ("waiting", "started"))
+    if left and seconds:
+        hours = left * sum(seconds) / len(seconds) / jobs / 3600
+        lines.append(f"about {hours:.1f} hours left with {jobs} at once")
+    return "\n".join(lines)
+
+
+def write(records: list[Record], baseline: str | None, root: Path) -> None:
+    """Write `table.md`, `table.json` and, with matplotlib, `figure.png` into the comparison's directory."""
+    lines = summarize(records, baseline)
+    write_atomically(root / "table.md", (format_table(lines, baseline) + "\n").encode())
+    plain = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(x).items()} for x in lines]
+    write_atomically(
+        root / "table.json", (json.dumps({"baseline": baseline, "lines": plain}, indent=2) + "\n").encode()
+    )
+    if importlib.util.find_spec("matplotlib"):
+        _figure(lines, records, root / "figure.png")
+
+
+def _figure(lines: list[Line], records: list[Record], path: Path) -> None:
+    """Every seed as a point, every mean as a bar across them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1 + 0.35 * len(lines)), layout="constrained")
+    axes: Any = figure.add_subplot()
+    for i, line in enumerate(lines):
+        points = [r.result["top1"] for r in records if r.run.arm.label == line.label and r.state == "done"]
+        axes.plot(points, [i] * len(points), "o", color="tab:blue", alpha=0.6)
+        if points:
+            axes.plot([line.mean], [i], "|", color="black", markersize=16)
+    axes.set_yticks(range(len(lines)), [line.label for line in lines])
+    axes.invert_yaxis()
+    axes.set_xlabel("test accuracy, %")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,125 @@
+"""`qtemper compare`: the grid's order, its statistics, and that a killed one ends like one that was left alone."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from scipy import stats
+
+from qtemper.compare import grid, record, report, schedule
+from qtemper.compare.record import Record
+from qtemper.compare.table import format_table, summarize
+from qtemper.errors import ConfigError
+
+RECIPE = "digits-w2a2-tempering"
+
+
+def test_first_seed_of_every_arm_runs_first():
+    arms = grid.make_arms(["method=lsq,ste", "bits=W2A2,W1A1"], ["quiet: method=tempering; method.noise=none; method.scale_on=none"])
+    assert [a.label for a in arms[:2]] == ["method=lsq bits=W2A2", "method=lsq bits=W1A1"]
+    runs = grid.make_runs(RECIPE, ["train.epochs=3"], arms, [0, 1])
+    assert [r.seed for r in runs] == [0] * 5 + [1] * 5
+    assert runs[1].experiment.policy.weight == 1
+    assert runs[4].experiment.method.noise == "none"
+    assert {r.experiment.train.epochs for r in runs} == {3}
+    assert len({r.config_hash for r in runs}) == 10
+
+
+@pytest.mark.parametrize(
+    ("vary", "arms", "says"),
+    [
+        (["method"], [], "--vary path=value"),
+        ([], ["x"], "--arm"),
+        (["a=1,1"], [], "two arms"),
+        (["bits=4"], [], "W4A4"),
+    ],
+)
+def test_bad_arms_are_refused(vary, arms, says):
+    with pytest.raises(ConfigError, match=says):
+        grid.make_arms(vary, arms)
+
+
+def test_bad_settings_name_the_arm():
+    with pytest.raises(ConfigError, match="arm 'metod=lsq'.*method"):
+        grid.make_runs(RECIPE, [], grid.make_arms(["metod=lsq"], []), [0])
+    with pytest.raises(ConfigError, match="seeds"):
+        grid.make_runs(RECIPE, [], grid.make_arms([], []), [0, 0])
+
+
+def records(values):
+    found = []
+    for label, by_seed in values.items():
+        for seed, top1 in by_seed.items():
+            (run,) = grid.make_runs(RECIPE, [], [grid.Arm(label, (f"train.optim.momentum=0.{len(label)}",))], [seed])
+            state = "diverged" if math.isnan(top1) else "done"
+            found.append(Record(run, state, [{"epoch": 1, "train_loss": 0.5}], {"top1": top1}))
+    return found
+
+
+def test_statistics_are_paired_by_seed():
+    base, other = {0: 90.0, 1: 92.0, 2: 91.0}, {0: 90.5, 1: 92.9, 2: math.nan, 3: 95.0}
+    found = records({"base": base, "other": other})
+    first, second = summarize(found, "base")
+    assert first.mean == pytest.approx(91.0)
+    assert first.deviation == pytest.approx(1.0)
+    assert first.pairs == 0
+    assert (second.count, second.diverged, second.pairs) == (3, 1, 2)
+    assert second.difference == pytest.approx(0.7)
+    interval = stats.ttest_rel([90.5, 92.9], [90.0, 92.0]).confidence_interval(0.95)
+    assert second.half_width == pytest.approx(interval.high - 0.7)
+    assert second.verdict == "no difference"
+    assert "1 diverged" in format_table([first, second], "base")
+
+
+def test_a_single_seed_has_no_interval():
+    (_, line) = summarize(records({"base": {0: 90.0}, "other": {0: 80.0}}), "base")
+    assert math.isnan(line.half_width)
+    assert line.verdict == ""
+
+
+def command(out, *more):
+    arms = ["--vary", "method=lsq,tempering", "--seeds", "0", "1", "--set", "train.epochs=4"]
+    arms += ["--set", "float_train.epochs=1", "--set", "train.log_every=5", "--baseline", "method=lsq"]
+    return [sys.executable, "-m", "qtemper.cli", "compare", RECIPE, "--out", str(out), "--jobs", "2", *arms, *more]
+
+
+def test_a_killed_comparison_ends_like_one_left_alone(tmp_path):
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    subprocess.run(command(alone), check=True, capture_output=True, timeout=300)
+    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 200
+    while not list(killed.glob("runs/*/checkpoints/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    said = subprocess.run(command(killed, "--status"), check=True, capture_output=True, text=True, timeout=100).stdout
+    assert "of 4" in said
+    lines = tmp_path / "lines.jsonl"
+    for _ in range(2):
+        subprocess.run(command(killed, "--record", str(lines)), check=True, capture_output=True, timeout=300)
+    assert (killed / "table.md").read_text() == (alone / "table.md").read_text()
+    assert len(lines.read_text().splitlines()) == 4
+
+
+def test_divergence_is_a_result(tmp_path):
+    arms = [grid.Arm("wild", ("train.optim.lr=1e30", "train.epochs=1", "float_train.epochs=1"))]
+    runs = grid.make_runs(RECIPE, [], arms, [0])
+    said = []
+    schedule.run_all(runs, schedule.Options(tmp_path, None, None, 1, 1), said.append)
+    (found,) = [record.read(run, tmp_path) for run in runs]
+    assert found.state == "diverged"
+    assert "NaN" in found.line()["message"]
+    assert "1 diverged" in report.status([found], 1)
+    assert any(text.startswith("diverged") for text in said)
+
+
+def test_bad_input_of_a_run_is_told(tmp_path):
+    runs = grid.make_runs("cifar10-resnet20-w2a2-lsq", [], grid.make_arms([], []), [0])
+    said = []
+    schedule.run_all(runs, schedule.Options(tmp_path, None, None, 1, 1), said.append)
+    assert record.read(runs[0], tmp_path).state == "failed"
+    assert "--init" in said[-1]
