@@ -4,7 +4,7 @@ from tests.references.lsq import _round_half_even
 
 
 def diffq(w, bits, g, u=None):
-    """`w + D * u` with `D = (max - min) / (2^bits - 1)`; without `u` the hard quantizer `min + D * round((w - min) / D)`.
+    """`w + D * u` with `D = (max - min) / (2^bits - 1)`; without `u`, `min + D * round((w - min) / D)`.
 
     The hard quantizer's gradient is the straight-through estimator's: `u` is the rounding error, held constant.
 
