@@ -146,6 +146,10 @@ class Grid(nn.Module, ABC):
             v: what `encode` returned.
         """
 
+    def decode_for(self, x: Tensor, value: Tensor, v: Tensor) -> Tensor:
+        """`decode`, for grids whose levels are a function of `x`, the tensor that `encode` got."""
+        return self.decode(value, v)
+
     def set_progress(self, progress: float) -> None:
         """Called once per optimizer step with progress in [0, 1]."""
 
@@ -339,10 +343,10 @@ class Quantizer(nn.Module):
         value = self.rounding(v) if self.training else F.round_ste(v)
         if snap is not None:
             value = F.replace_value(value, snap(value.detach()))
-        x_hat = self.grid.decode(value, v)
+        x_hat = self.grid.decode_for(real, value, v)
         if self.training and self.rounding.hard_forward:
             value = torch.round(v)
-            x_hat = F.replace_value(x_hat, self.grid.decode(value, v).detach())
+            x_hat = F.replace_value(x_hat, self.grid.decode_for(real, value, v).detach())
         return x_hat.to(x.dtype), value.detach()
 
     def codes(self, x: Tensor) -> Tensor:
