@@ -64,7 +64,8 @@ class TestQuantizer:
         else:
             expected = (codes.float() - zero_point) * quantizer.grid.scale(x.float())
         assert torch.equal(quantizer(x), expected.to(dtype))
-        assert bits > 2 or len(codes.unique()) == 2**bits
+        # RAND's scale leaves out the lowest code of a signed grid.
+        assert bits > 2 or len(codes.unique()) == 2**bits - (method == "rand" and kind == "weight" and bits == 2)
 
     def test_keeps_shape_and_dtype_and_has_finite_gradients(self, method, kind, bits, dtype):
         x = sample(kind, dtype).requires_grad_()
@@ -168,7 +169,7 @@ def test_the_input_gradient_does_not_depend_on_the_step(method):
     """Inside the range dL/dx is a function of the gradient and the error; its derivative by the step must say so."""
     quantizer = build(method, "weight", 4).double()
     parameters = list(quantizer.grid.parameters())
-    if method == "ste":
+    if method in ("ste", "rand"):
         assert not parameters
         return
     quantizer.eval()  # without noise and scaling: dL/dx = g

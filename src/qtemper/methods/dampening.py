@@ -14,7 +14,7 @@ Learned: what the base method learns; the term has no gradient for the step, as 
 Choices:
 - The term is added in the backward pass, where the weight enters its grid, so that losses and training loops stay what
   they are. The loss that they show is without it; a loop that scales its loss must know that the term is not scaled,
-  and each backward pass through a layer adds it once (two micro-batches: twice).
+  and each forward pass of a layer adds it once (two micro-batches: twice).
 - The sum is over a tensor's elements and over tensors, in the weights' own unit, as in the authors' code.
 - The range is the grid's, from its lowest level to its highest.
 """
@@ -44,10 +44,16 @@ class _AddGradient(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         # An input, so that second derivatives know its graph.
         ctx.save_for_backward(inputs[1])
+        ctx.added = False
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
+        if not torch.compiler.is_compiling():  # where there is no second backward pass
+            # A second derivative comes through here again, and the term is in the first already.
+            if ctx.added:
+                return grad, None
+            ctx.added = True
         return grad + gradient, None
 
 

@@ -8,7 +8,7 @@ Qiu, Rim, Ding, Rybakov and He, "RAND: Robustness Aware Norm Decay for Quantized
                mode `norm`:  s = (sum over the k = 2 largest |w| of |w|^8)^(1/8) / t
     backward   dL/dw = g + ds/dw * sum g * zeta, over the elements that share s
 
-t = qmax - z, which is the paper's 2^(b-1) - 1 on the signed grid, so that nothing is clipped in either mode and the code
+t = qmax - z, which is the paper's 2^(b-1) - 1 on the signed grid. So nothing is clipped in either mode, and the code
 -2^(b-1) is not used. Large weights alone set s, so what the noise costs draws in just those: norm decay.
 
 Learned: nothing for weights; for activations, which the paper leaves in float, LSQ's step.
