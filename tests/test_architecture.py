@@ -25,6 +25,7 @@ LAYERS = [
     {"config"},
     {"run"},
     {"pipeline", "recipes"},
+    {"compare"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

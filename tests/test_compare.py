@@ -19,7 +19,8 @@ RECIPE = "digits-w2a2-tempering"
 
 
 def test_first_seed_of_every_arm_runs_first():
-    arms = grid.make_arms(["method=lsq,ste", "bits=W2A2,W1A1"], ["quiet: method=tempering; method.noise=none; method.scale_on=none"])
+    quiet = "quiet: method=tempering; method.noise=none; method.scale_on=none"
+    arms = grid.make_arms(["method=lsq,ste", "bits=W2A2,W1A1"], [quiet])
     assert [a.label for a in arms[:2]] == ["method=lsq bits=W2A2", "method=lsq bits=W1A1"]
     runs = grid.make_runs(RECIPE, ["train.epochs=3"], arms, [0, 1])
     assert [r.seed for r in runs] == [0] * 5 + [1] * 5

@@ -64,7 +64,8 @@ class TestQuantizer:
         else:
             expected = (codes.float() - zero_point) * quantizer.grid.scale(x.float())
         assert torch.equal(quantizer(x), expected.to(dtype))
-        assert bits > 2 or len(codes.unique()) == 2**bits
+        # RAND's scale leaves out the lowest code of a signed grid.
+        assert bits > 2 or len(codes.unique()) == 2**bits - (method == "rand" and kind == "weight" and bits == 2)
 
     def test_keeps_shape_and_dtype_and_has_finite_gradients(self, method, kind, bits, dtype):
         x = sample(kind, dtype).requires_grad_()
