@@ -1,7 +1,7 @@
 """Dampening of weight oscillations, added to any method.
 
 Nagel, Fournarakis, Bondarenko and Blankevoort, "Overcoming Oscillations in Quantization-Aware Training", ICML 2022,
-arXiv 2203.11086, section 4.1.
+arXiv 2203.11086.
 
     loss       L + lambda_t * sum (sg[w_hat] - clip(w))^2 over all weights,  sg: no gradient
     backward   dL/dw = dL/dw of the method + 2 * lambda_t * (clip(w) - w_hat) inside the range, + 0 outside

@@ -1,7 +1,6 @@
 """PQDE's arctangent soft round: rounding that hardens while training goes on.
 
-Yue, Wu, Ma, Fu and Sham, "PQDE: Comprehensive Progressive Quantization with Discretization Error for Ultra-Low Bitrate
-MobileNet towards Low-Resolution Imagery", IEEE AICAS 2024.
+Yue, Wu, Ma, Fu and Sham, "PQDE", IEEE AICAS 2024.
 
 Stated: a quantizer that minimises the discretization error, an arctangent soft round in the forward pass, a
 progressive schedule of bits. Our reading of the first two, everything below (no code was available):
