@@ -24,7 +24,7 @@ Our reading:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -64,7 +64,6 @@ class NormGrid(Grid):
         self.block = block
         # The fast path's integers have one step per channel. Levels of blocks have no common one, as with an offset.
         self.has_offset = block > 0
-        self._encoded: Tensor | None = None
 
     def set_scale(self, scale: Tensor) -> None:
         """Nothing: the weights say."""
@@ -82,20 +81,23 @@ class NormGrid(Grid):
         return self.per_channel(x, F.positive(magnitude(rows, self.mode) / top))
 
     def encode(self, x: Tensor) -> Tensor:
-        """Position of `x`; the gradient of the scale is in `decode`, which comes next and takes this scale."""
-        self._encoded = self.scale(x)
-        return F.encode(x, self._encoded.detach(), self.codes)
+        """Position of `x`; the gradient of the scale is in `decode_for`."""
+        return F.encode(x, self.scale(x).detach(), self.codes)
 
     def decode(self, value: Tensor, v: Tensor) -> Tensor:
+        """Not without the weights.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("the levels are a function of the weights; use decode_for(x, value, v).")
+
+    def decode_for(self, x: Tensor, value: Tensor, v: Tensor) -> Tensor:
         """Real values of positions; `sum g * (value - v)` to the scale."""
-        scale, self._encoded = self._encoded, None
-        assert scale is not None, "decode follows encode"
+        scale = self.scale(x)
         fixed = scale.detach()
         # The second term is zero. LSQ's formula would take the largest weight, which is on the bound, for clipped.
         return F.decode(value, fixed, self.codes) + (value - v).detach() * (scale - fixed)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_encoded": None}
 
 
 @final
@@ -130,7 +132,8 @@ class RAND(Method):
 
     Attributes:
         mode: `max` or `norm`.
-        block: number of weights that share a scale; 0: a channel or the tensor, as the policy says.
+        block: number of weights that share a scale; 0: a channel or the tensor, as the policy says, and so it is where
+            the block does not divide them (27 weights of an image's layer).
         start: progress before which weights stay as they are.
     """
 
