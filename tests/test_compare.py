@@ -14,6 +14,7 @@ from qtemper.compare import grid, record, report, schedule
 from qtemper.compare.record import Record
 from qtemper.compare.table import format_table, summarize
 from qtemper.errors import ConfigError
+from qtemper.run import RunDir
 
 RECIPE = "digits-w2a2-tempering"
 
@@ -95,6 +96,7 @@ def test_a_killed_comparison_ends_like_one_left_alone(tmp_path):
     deadline = time.monotonic() + 200
     while not list(killed.glob("runs/*/checkpoints/step-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert process.poll() is None
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     said = subprocess.run(command(killed, "--status"), check=True, capture_output=True, text=True, timeout=100).stdout
@@ -124,3 +126,21 @@ def test_bad_input_of_a_run_is_told(tmp_path):
     schedule.run_all(runs, schedule.Options(tmp_path, None, None, 1, 1), said.append)
     assert record.read(runs[0], tmp_path).state == "failed"
     assert "--init" in said[-1]
+
+
+def test_a_run_that_another_process_still_ends_is_waited_for(tmp_path, monkeypatch):
+    arms = [grid.Arm("short", ("train.epochs=1", "float_train.epochs=1"))]
+    (run,) = grid.make_runs(RECIPE, [], arms, [0])
+    monkeypatch.setattr(schedule, "RETRIES", 1)
+    lock = RunDir(run.directory(tmp_path)).lock()
+    lock.__enter__()
+    said = []
+
+    def say(text):
+        said.append(text)
+        if schedule.IN_USE in text:
+            lock.__exit__(None, None, None)
+
+    schedule.run_all([run], schedule.Options(tmp_path, None, None, 1, 1), say)
+    assert any(schedule.IN_USE in text for text in said)
+    assert record.read(run, tmp_path).state == "done"

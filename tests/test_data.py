@@ -470,3 +470,29 @@ def test_missing_package_names_the_extra(
 def test_data_moves_as_a_whole() -> None:
     loaded = ImageData("x", random_split(4), random_split(2), ("a",)).to("meta")
     assert {t.device.type for s in (loaded.train, loaded.test) for t in (s.images, s.labels)} == {"meta"}
+
+
+# --- fewer and smaller images -------------------------------------------------------------------------------
+
+
+def test_shrunk_pixels_are_means_of_squares():
+    split = random_split(5)
+    small = images.shrink(split, 2)
+    assert small.images.shape == (5, 3, 4, 4)
+    square = split.images[3, 1, 2:4, 6:8].float().mean().round()
+    assert small.images[3, 1, 1, 3] == square
+    assert torch.equal(small.labels, split.labels)
+    assert images.shrink(split, 1) is split
+    with pytest.raises(ValueError, match="divisor"):
+        images.shrink(split, 3)
+
+
+def test_digits_can_be_cut_and_shrunk():
+    source = data.open_source(DataConfig("digits", "embedded", "half", shrink=2, train_images=100))
+    pixels, _ = next(iter(source.train_batches(10, seed=0, epoch=0)))
+    assert pixels.shape == (10, 1, 4, 4)
+    assert source.train_size == 100
+    with pytest.raises(ValueError, match="train_images"):
+        data.open_source(DataConfig("digits", "embedded", "half", train_images=10_000))
+    with pytest.raises(ValueError, match="in memory"):
+        DataConfig("imagenet", normalization="imagenet", shrink=2)

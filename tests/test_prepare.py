@@ -210,3 +210,9 @@ def test_an_8_bit_network_input_keeps_its_calibrated_scale(rule, trained):
     others = (model[0].weight_quantizer, model[1].act_quantizer, model[2].act_quantizer)
     assert all(p.requires_grad for q in others for p in q.parameters())
     assert ("fixed" in quantizer_table(model)) != trained
+
+
+def test_a_network_input_of_fewer_bits_trains_its_scale():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    qtemper.prepare(model, "lsq", BitPolicy(first_last="8bit", rules=(Rule("0", activation=2),)))
+    assert all(p.requires_grad for p in model[0].act_quantizer.parameters())

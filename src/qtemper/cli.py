@@ -135,7 +135,9 @@ class Compare:
     def run(self) -> None:
         """Do it."""
         from qtemper.compare import grid, record, report, schedule
+        from qtemper.data.images import optional_module
 
+        optional_module("scipy.stats", "compare")  # before the runs, not at the table after them
         arms = grid.make_arms(list(self.vary), list(self.arm))
         runs = grid.make_runs(self.recipe, list(self.assignments), arms, list(self.seeds))
         if self.baseline is not None and self.baseline not in {a.label for a in arms}:

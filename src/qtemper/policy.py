@@ -219,13 +219,14 @@ def _bits(policy: BitPolicy, name: str, ends: set[str]) -> tuple[int, int]:
 
 def _rows(policy: BitPolicy, method: Method | None, name: str, first: str, last: str) -> list[Row]:
     rows = []
+    all_bits = _bits(policy, name, ends={first, last})
     # The range of pixels is known, 8 bits hold it, and a gradient for its scale would cost the first convolution's
-    # whole backward pass to its input: 7 percent of ResNet-18's step.
-    train_input = not (name == first and policy.first_last == "8bit")
+    # whole backward pass to its input: a tenth of ResNet-18's step (docs/performance.md).
+    train_input = not (name == first and policy.first_last == "8bit" and all_bits[1] == 8)
     for rule in _matching(policy, name):
         train_input = rule.train_input if rule.train_input is not None else train_input
     kinds: tuple[TensorKind, TensorKind] = ("weight", "activation")
-    for kind, bits in zip(kinds, _bits(policy, name, ends={first, last}), strict=True):
+    for kind, bits in zip(kinds, all_bits, strict=True):
         levels = method.default_levels(kind) if method else "auto"
         granularity: Granularity = "tensor"
         for rule in _matching(policy, name):

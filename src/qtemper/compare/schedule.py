@@ -19,6 +19,9 @@ from qtemper.train.metrics import DIVERGED_EXIT
 POLL = 0.5
 """Seconds between two looks at the processes."""
 
+IN_USE = "is in use by"
+"""What `RunDir.lock` says of a run whose process lives on: its scheduler was killed, and it writes its checkpoint."""
+
 RETRIES = 3
 """Starts of a run that fails without having diverged, before it is given up."""
 
@@ -69,6 +72,8 @@ def run_all(runs: list[Run], options: Options, say: Callable[[str], None]) -> No
             for process in [p for p in active if p.popen.poll() is not None]:
                 active.remove(process)
                 message = _ended(process, options, say)
+                if IN_USE in message:
+                    starts[process.run.config_hash] -= 1
                 if message and starts[process.run.config_hash] < RETRIES:
                     waiting.insert(0, process.run)
                 elif message:
@@ -128,7 +133,7 @@ def _ended(process: _Process, options: Options, say: Callable[[str], None]) -> s
         note(run, options.root, state="diverged", seconds=seconds, message=message)
         say(f"diverged  {what}: {message}")
         return ""
-    if "is in use by" in message:  # a run whose scheduler was killed is still writing its checkpoint
+    if IN_USE in message:
         time.sleep(2)
     elif code == 2:  # bad input: starting again would not help
         note(run, options.root, state="failed", seconds=seconds, message=message)

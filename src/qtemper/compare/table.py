@@ -7,6 +7,7 @@ import statistics
 from dataclasses import dataclass
 
 from qtemper.compare.record import Record
+from qtemper.data.images import optional_module
 
 CONFIDENCE = 0.95
 
@@ -86,9 +87,8 @@ def _by_seed(records: list[Record]) -> dict[int, float]:
 def _half_width(values: list[float]) -> float:
     if len(values) < 2:
         return math.nan
-    from scipy.stats import t
-
-    quantile = float(t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1))
+    stats = optional_module("scipy.stats", "compare")
+    quantile = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1))
     return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
