@@ -105,33 +105,6 @@ class TanhLevels(Grid):
 
 
 @final
-class UnitStep(Grid):
-    """Uniform grid on [0, 1], or with negative values on [-1, 1]; nothing is learned."""
-
-    step: Tensor
-
-    def __init__(self, spec: QuantSpec, num_channels: int = 1) -> None:
-        super().__init__(spec, num_channels)
-        self.register_buffer("step", torch.ones(self.shape))
-
-    def set_scale(self, scale: Tensor) -> None:
-        """The bin size that puts the outermost level on 1, whatever the calibrated one."""
-        self.step.fill_(unit_step(self))
-
-    def scale(self, x: Tensor) -> Tensor:
-        """The bin size, broadcastable to `x`."""
-        return self.per_channel(x, self.step)
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Position of `x` on the grid."""
-        return F.encode(x, self.scale(x), self.codes)
-
-    def decode(self, value: Tensor, v: Tensor) -> Tensor:
-        """Real values of positions."""
-        return F.decode(value, self.scale(v), self.codes)
-
-
-@final
 @dataclass(frozen=True)
 class DoReFa(Method):
     """Weights through tanh, activations clipped to [0, 1], straight-through rounding.
@@ -150,7 +123,7 @@ class DoReFa(Method):
         """Tanh for weights, a fixed range for activations."""
         if kind == "weight":
             return TanhLevels(spec, num_channels, real=self.scale == "real", exact=self.maximum == "exact")
-        return UnitStep(spec, num_channels) if self.scale == "unit" else FixedStep(spec, num_channels)
+        return FixedStep(spec, num_channels, outermost=1.0 if self.scale == "unit" else None)
 
     def rounding(self, kind: TensorKind, spec: QuantSpec) -> Rounding:
         """Straight through."""

@@ -23,17 +23,27 @@ from qtemper.quantizer import Grid, Method, QuantSpec, Rounding, TensorKind
 
 @final
 class FixedStep(Grid):
-    """Uniform grid whose bin size is set at calibration and not learned."""
+    """Uniform grid whose bin size is set at calibration and not learned.
+
+    Args:
+        spec: bits, levels, channel axis.
+        num_channels: size of the channel axis.
+        outermost: magnitude of the outermost level, whatever the calibrated bin size; None takes that.
+    """
 
     step: Tensor
 
-    def __init__(self, spec: QuantSpec, num_channels: int = 1) -> None:
+    def __init__(self, spec: QuantSpec, num_channels: int = 1, *, outermost: float | None = None) -> None:
         super().__init__(spec, num_channels)
+        self.outermost = outermost
         self.register_buffer("step", torch.ones(self.shape))
 
     def set_scale(self, scale: Tensor) -> None:
         """Take the calibrated bin size."""
         self.step.copy_(scale.clamp_min(F.SCALE_FLOOR))
+        if self.outermost is not None:
+            qmin, qmax, zero_point = self.codes
+            self.step.fill_(self.outermost / max(qmax - zero_point, zero_point - qmin))
 
     def scale(self, x: Tensor) -> Tensor:
         """The calibrated bin size, broadcastable to `x`."""
