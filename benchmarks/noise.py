@@ -13,7 +13,7 @@ import sys
 import torch
 from torch import Tensor
 
-from qtemper.quantizer import NoiseSource
+from qtemper.counter import NoiseSource
 
 CHUNK = 2**22
 LAGS = (1, 2, 3, 7, 8, 16, 31, 32, 64, 127, 128, 256, 1000, 1024, 3136, 4096, 16384, 65536)

@@ -11,8 +11,9 @@ from torch._inductor.compile_fx import compile_fx
 
 import qtemper
 from qtemper.calibrate import search_scale
+from qtemper.counter import NoiseSource
 from qtemper.functional import code_range
-from qtemper.quantizer import NoiseSource, Quantizer, QuantSpec
+from qtemper.quantizer import Quantizer, QuantSpec
 
 METHODS = qtemper.methods_available()
 KINDS = ("weight", "activation")

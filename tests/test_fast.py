@@ -8,11 +8,11 @@ from torch import nn
 
 import qtemper
 from qtemper import fast
+from qtemper.counter import NoiseSource
 from qtemper.fast import blocks, integer, packing, pooling
 from qtemper.fast import layer as fast_layer
 from qtemper.fast.integer import Geometry, convolve_codes, is_exact
 from qtemper.methods.tempering import NoiseTempering
-from qtemper.quantizer import NoiseSource
 
 METHODS = {
     "ste": "ste",

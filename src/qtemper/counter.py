@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _MASK64 = (1 << 64) - 1
 
@@ -109,3 +109,56 @@ def element_index(x: Tensor, first: int = 0) -> Tensor:
 def gaussian_from_uniform(u: Tensor) -> Tensor:
     """Standard normal by inversion; |result| < 5.3 because `u` keeps 2**-24 away from 0 and 1."""
     return math.sqrt(2.0) * torch.erfinv(2 * u - 1)
+
+
+class NoiseSource(nn.Module):
+    """Uniform noise in (0, 1) that is a function of (seed, progress, quantizer, element) and nothing else.
+
+    Reproducible, resumable, equal under recomputation (activation checkpointing), and there is no generator
+    state to lose. A module that runs twice in one step draws the same noise twice.
+
+    Elements count over the whole batch: where processes share a batch in equal parts, process `part` starts its
+    count where the one before ends, so the noise does not depend on how many processes there are. Likewise
+    `block = (first, count)` says that the tensor is of samples `first` and following out of `count`.
+    """
+
+    key: Tensor
+    part: int = 0
+    block: tuple[int, int] | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Derived from seed, name and progress, so no part of a checkpoint.
+        self.register_buffer("key", torch.zeros(2, dtype=torch.int32), persistent=False)
+        self.seed(0, "")
+
+    def seed(self, seed: int, name: str) -> None:
+        """Give this source its own stream: hash of the seed and the quantizer's name in the model."""
+        low, high = derive_key(seed, *name.encode())
+        self._stream = (high << 32) | (low & 0xFFFFFFFF)
+        self.set_progress(0.0)
+
+    def set_progress(self, progress: float) -> None:
+        """Derive the key of a step; progress tells steps apart down to 2**-40."""
+        low, high = derive_key(self._stream, round(progress * 2**40))
+        # Two fills, not one copy: a copy from a host tensor would synchronise a GPU at every step.
+        self.key[0].fill_(low)
+        self.key[1].fill_(high)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """Noise in (0, 1), float32, shape and device of `v`."""
+        return uniform(self._bits(v))
+
+    def signed(self, v: Tensor) -> Tensor:
+        """Noise in [-1, 1] of the same bits, for half the operations; not independent of `forward`."""
+        return signed_uniform(self._bits(v))
+
+    def dither(self, v: Tensor) -> Tensor:
+        """Further, independent noise in (0, 1) for the same elements, in steps of 1/512."""
+        return coarse_uniform(self._bits(v))
+
+    def _bits(self, v: Tensor) -> Tensor:
+        first, count = self.block or (0, v.shape[0] if v.dim() else 1)
+        # The size of one sample, so that nothing here depends on the size of the block.
+        start = (self.part * count + first) * math.prod(v.shape[1:])
+        return counter_bits(element_index(v, first=start), self.key)

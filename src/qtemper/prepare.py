@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from qtemper import layers
+from qtemper.counter import NoiseSource
 from qtemper.errors import ConfigError
 from qtemper.fast import pooling
 from qtemper.methods import get_method
 from qtemper.policy import FLOAT_BITS, BitPolicy, Granularity, Plan, Row, format_table, make_plan
-from qtemper.quantizer import Method, NoiseSource, Quantizer, QuantSpec, TensorKind, quantizers
+from qtemper.quantizer import Method, Quantizer, QuantSpec, TensorKind, quantizers
 
 
 def prepare(model: nn.Module, method: Method | str, policy: BitPolicy | Plan | str, *, seed: int = 0) -> nn.Module:

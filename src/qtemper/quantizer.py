@@ -19,7 +19,6 @@ from typing import Any, ClassVar, Literal, final
 import torch
 from torch import Tensor, nn
 
-from qtemper import counter
 from qtemper import functional as F
 from qtemper.errors import NotCalibratedError
 from qtemper.functional import CodeRange, Levels
@@ -214,59 +213,6 @@ class Rounding(nn.Module, ABC):
 
     def set_curvature(self, mean_diagonal: float, gradient_std: float) -> None:
         """Take the mean diagonal of the Hessian and the gradient's standard deviation, both per bin."""
-
-
-class NoiseSource(nn.Module):
-    """Uniform noise in (0, 1) that is a function of (seed, progress, quantizer, element) and nothing else.
-
-    Reproducible, resumable, equal under recomputation (activation checkpointing), and there is no generator
-    state to lose. A module that runs twice in one step draws the same noise twice.
-
-    Elements count over the whole batch: where processes share a batch in equal parts, process `part` starts its
-    count where the one before ends, so the noise does not depend on how many processes there are. Likewise
-    `block = (first, count)` says that the tensor is of samples `first` and following out of `count`.
-    """
-
-    key: Tensor
-    part: int = 0
-    block: tuple[int, int] | None = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        # Derived from seed, name and progress, so no part of a checkpoint.
-        self.register_buffer("key", torch.zeros(2, dtype=torch.int32), persistent=False)
-        self.seed(0, "")
-
-    def seed(self, seed: int, name: str) -> None:
-        """Give this source its own stream: hash of the seed and the quantizer's name in the model."""
-        low, high = counter.derive_key(seed, *name.encode())
-        self._stream = (high << 32) | (low & 0xFFFFFFFF)
-        self.set_progress(0.0)
-
-    def set_progress(self, progress: float) -> None:
-        """Derive the key of a step; progress tells steps apart down to 2**-40."""
-        low, high = counter.derive_key(self._stream, round(progress * 2**40))
-        # Two fills, not one copy: a copy from a host tensor would synchronise a GPU at every step.
-        self.key[0].fill_(low)
-        self.key[1].fill_(high)
-
-    def forward(self, v: Tensor) -> Tensor:
-        """Noise in (0, 1), float32, shape and device of `v`."""
-        return counter.uniform(self._bits(v))
-
-    def signed(self, v: Tensor) -> Tensor:
-        """Noise in [-1, 1] of the same bits, for half the operations; not independent of `forward`."""
-        return counter.signed_uniform(self._bits(v))
-
-    def dither(self, v: Tensor) -> Tensor:
-        """Further, independent noise in (0, 1) for the same elements, in steps of 1/512."""
-        return counter.coarse_uniform(self._bits(v))
-
-    def _bits(self, v: Tensor) -> Tensor:
-        first, count = self.block or (0, v.shape[0] if v.dim() else 1)
-        # The size of one sample, so that nothing here depends on the size of the block.
-        start = (self.part * count + first) * math.prod(v.shape[1:])
-        return counter.counter_bits(counter.element_index(v, first=start), self.key)
 
 
 class Method(ABC):

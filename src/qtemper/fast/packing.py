@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtemper.quantizer import NoiseSource, Quantizer
+from qtemper.counter import NoiseSource
+from qtemper.quantizer import Quantizer
 
 MIN_STEPS = 8
 """Steps per bin below which noise is not put on a finer grid, but convolved as float numbers."""

@@ -30,11 +30,12 @@ from torch import Tensor
 
 from qtemper import counter
 from qtemper import functional as F
+from qtemper.counter import NoiseSource
 from qtemper.methods.dorefa import other_dims
 from qtemper.methods.lsq import LearnedStep
 from qtemper.methods.noise import UniformNoise
 from qtemper.methods.ste import StraightThrough
-from qtemper.quantizer import Grid, Method, NoiseSource, QuantSpec, Rounding, TensorKind
+from qtemper.quantizer import Grid, Method, QuantSpec, Rounding, TensorKind
 
 
 @final

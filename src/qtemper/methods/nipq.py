@@ -33,8 +33,9 @@ import torch
 from torch import Tensor
 
 from qtemper import functional as F
+from qtemper.counter import NoiseSource
 from qtemper.methods.lsq import LearnedStep
-from qtemper.quantizer import Grid, Method, NoiseSource, QuantSpec, Rounding, TensorKind
+from qtemper.quantizer import Grid, Method, QuantSpec, Rounding, TensorKind
 
 
 def sample_errors(v: Tensor, u: Tensor, inside: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from qtemper import functional as F
+from qtemper.counter import NoiseSource
 from qtemper.methods.lsq import LearnedStep
-from qtemper.quantizer import Grid, Method, NoiseSource, QuantSpec, Rounding, TensorKind
+from qtemper.quantizer import Grid, Method, QuantSpec, Rounding, TensorKind
 
 
 @final

@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 
 from qtemper import functional as F
+from qtemper.counter import NoiseSource
 from qtemper.methods.lsq import LearnedStep
 from qtemper.methods.ste import StraightThrough
-from qtemper.quantizer import Grid, Method, NoiseSource, QuantSpec, Rounding, TensorKind
+from qtemper.quantizer import Grid, Method, QuantSpec, Rounding, TensorKind
 
 
 @final

@@ -41,9 +41,10 @@ from torch import Tensor, nn
 
 from qtemper import counter
 from qtemper import functional as F
+from qtemper.counter import NoiseSource
 from qtemper.methods.ewgs import DELTA_MAX, Delta, FixedDelta, HessianDelta
 from qtemper.methods.lsq import LearnedStep
-from qtemper.quantizer import Grid, Method, NoiseSource, QuantSpec, Rounding, TensorKind
+from qtemper.quantizer import Grid, Method, QuantSpec, Rounding, TensorKind
 from qtemper.schedules import Exponential, Schedule
 
 NoiseName = Literal["none", "uniform", "rademacher", "gaussian", "toward_input", "on_grid"]

@@ -19,8 +19,9 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from qtemper.counter import NoiseSource
 from qtemper.layers import QuantLayer
-from qtemper.quantizer import NoiseSource, quantizers
+from qtemper.quantizer import quantizers
 
 
 class ProcessLostError(RuntimeError):
