@@ -292,10 +292,6 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
 def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
     """Undo a broadcast: sum `x` down to `shape`."""
     if not shape:
-        shape = torch.Size([1] * x.dim())
-        return _sum_to(x, shape).reshape(())
+        return x.sum()
     dims = [i for i in range(x.dim()) if shape[i] == 1 and x.shape[i] != 1]
-    if len(dims) == 4:
-        # Per channel first: what a compiler can do in the same pass as batch norm's sums.
-        x, dims = x.sum((0, 2, 3), keepdim=True), [1]
     return x.sum(dims, keepdim=True) if dims else x
