@@ -81,6 +81,8 @@ def test_every_line_of_a_recipe_is_a_path_that_set_takes(name: str, qtemper: Com
         ([], ["train", "evaluate", "recipes"]),
         (["train"], ["--data", "--init", "--out", "--set PATH=VALUE", "--resume"]),
         (["evaluate"], ["--data", "--json"]),
+        (["compare"], ["--vary", "--slurm", "timeout_min=60", "--stop-after", "--status"]),
+        (["sweep"], ["--search", "path=low..high:log", "held out", "--slurm", "--stop-after"]),
         (["recipes"], ["path that --set takes"]),
     ],
 )

@@ -11,12 +11,17 @@ import pytest
 from scipy import stats
 
 from qtemper.compare import grid, record, report, schedule
+from qtemper.compare.launch import LocalProcesses, Options
 from qtemper.compare.record import Record
 from qtemper.compare.table import format_table, summarize
 from qtemper.errors import ConfigError
 from qtemper.run import RunDir
 
 RECIPE = "digits-w2a2-tempering"
+
+
+def pool(root, say, jobs=1):
+    return schedule.Pool(LocalProcesses(Options(root)), root, jobs, say)
 
 
 def test_first_seed_of_every_arm_runs_first():
@@ -112,7 +117,7 @@ def test_divergence_is_a_result(tmp_path):
     arms = [grid.Arm("wild", ("train.optim.lr=1e30", "train.epochs=1", "float_train.epochs=1"))]
     runs = grid.make_runs(RECIPE, [], arms, [0])
     said = []
-    schedule.run_all(runs, schedule.Options(tmp_path, None, None, 1, 1), said.append)
+    assert schedule.run_all(runs, pool(tmp_path, said.append))
     (found,) = [record.read(run, tmp_path) for run in runs]
     assert found.state == "diverged"
     assert "NaN" in found.line()["message"]
@@ -123,7 +128,7 @@ def test_divergence_is_a_result(tmp_path):
 def test_bad_input_of_a_run_is_told(tmp_path):
     runs = grid.make_runs("cifar10-resnet20-w2a2-lsq", [], grid.make_arms([], []), [0])
     said = []
-    schedule.run_all(runs, schedule.Options(tmp_path, None, None, 1, 1), said.append)
+    assert schedule.run_all(runs, pool(tmp_path, said.append))
     assert record.read(runs[0], tmp_path).state == "failed"
     assert "--init" in said[-1]
 
@@ -141,6 +146,6 @@ def test_a_run_that_another_process_still_ends_is_waited_for(tmp_path, monkeypat
         if schedule.IN_USE in text:
             lock.__exit__(None, None, None)
 
-    schedule.run_all([run], schedule.Options(tmp_path, None, None, 1, 1), say)
+    schedule.run_all([run], pool(tmp_path, say))
     assert any(schedule.IN_USE in text for text in said)
     assert record.read(run, tmp_path).state == "done"

@@ -1,4 +1,4 @@
-"""The `qtemper` command: train, evaluate, compare, recipes."""
+"""The `qtemper` command: train, evaluate, compare, sweep, recipes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from qtemper.errors import ConfigError, nearest
+from qtemper.errors import ConfigError
 
 try:
     import tyro
@@ -97,70 +97,6 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Compare:
-    """Run a grid of methods, bits, settings and seeds under one recipe; print and write its table.
-
-    The same command goes on where it stopped. The first seed of every arm runs before the second of any.
-
-    Attributes:
-        recipe: name of the recipe that all runs share.
-        out: directory of the comparison; several grids may share it.
-        vary: an axis, path=value,value (`bits=W2A2,W1A1` for the policy); several make a product.
-        arm: one more arm, "label: path=value; path=value".
-        assignments: change a field of the recipe for all runs, path=value.
-        seeds: of the runs.
-        baseline: label of the arm that the others are compared with.
-        data: directory of the data set.
-        init: float checkpoint that all runs start from.
-        jobs: runs at once.
-        threads: CPU threads of each.
-        status: only say what is done, what is under way, and when it will end.
-        record: append the ended runs to this file of JSON lines.
-    """
-
-    recipe: Positional[str]
-    out: Path
-    vary: UseAppendAction[tuple[str, ...]] = ()
-    arm: UseAppendAction[tuple[str, ...]] = ()
-    assignments: Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="PATH=VALUE")] = ()
-    seeds: tuple[int, ...] = (0,)
-    baseline: str | None = None
-    data: Path | None = None
-    init: Path | None = None
-    jobs: int = 1
-    threads: int = 1
-    status: bool = False
-    record: Path | None = None
-
-    def run(self) -> None:
-        """Do it."""
-        from qtemper.compare import grid, record, report, schedule
-        from qtemper.data.images import optional_module
-
-        optional_module("scipy.stats", "compare")  # before the runs, not at the table after them
-        arms = grid.make_arms(list(self.vary), list(self.arm))
-        runs = grid.make_runs(self.recipe, list(self.assignments), arms, list(self.seeds))
-        if self.baseline is not None and self.baseline not in {a.label for a in arms}:
-            raise ConfigError(
-                f"--baseline {self.baseline!r} is no arm; {nearest(self.baseline, [a.label for a in arms])}"
-            )
-        for name in ("jobs", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}.")
-        if not self.status:
-            options = schedule.Options(self.out, self.data, self.init, self.jobs, self.threads)
-            schedule.run_all(runs, options, lambda text: print(text, flush=True))
-        records = [record.read(run, self.out) for run in runs]
-        if self.record is not None:
-            record.append_lines(records, self.record)
-        if self.status:
-            print(report.status(records, self.jobs))
-        else:
-            report.write(records, self.baseline, self.out)
-        print(report.table(records, self.baseline))
-
-
-@dataclass(frozen=True)
 class Recipes:
     """List the recipes, or show one: every line is a path that --set takes.
 
@@ -193,11 +129,12 @@ def print_result(result: dict[str, object]) -> None:
 
 def main() -> None:
     """Entry point: parse, run, and turn every bad input into one line and exit code 2."""
+    from qtemper.compare.commands import Compare, Sweep
     from qtemper.train import DivergedError, ProcessLostError
     from qtemper.train.metrics import DIVERGED_EXIT
 
     command = tyro.extras.subcommand_cli_from_dict(
-        {"train": Train, "evaluate": Evaluate, "compare": Compare, "recipes": Recipes},
+        {"train": Train, "evaluate": Evaluate, "compare": Compare, "sweep": Sweep, "recipes": Recipes},
         prog="qtemper",
         description=inspect.getdoc(sys.modules[__name__]),
     )

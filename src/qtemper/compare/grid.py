@@ -16,6 +16,9 @@ from qtemper.recipes import get_recipe
 
 ASSIGNMENTS_SEPARATOR = ";"
 
+YOUNGER = {("data", "held_out"): 0}
+"""Settings that came after the first comparisons, which go on: at this default they do not enter a run's hash."""
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -50,6 +53,9 @@ class Run:
     def config_hash(self) -> str:
         """Of everything in the experiment but its name."""
         data = {key: value for key, value in to_dict(self.experiment).items() if key != "name"}
+        for (part, field), default in YOUNGER.items():
+            if data[part][field] == default:
+                del data[part][field]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -89,10 +95,11 @@ def make_arms(vary: list[str], arms: list[str]) -> list[Arm]:
     for label in labels:
         if labels.count(label) > 1:
             raise ConfigError(f"two arms are called {label!r}; give each its own label.")
-    return [Arm(arm.label, tuple(_expand(arm.assignments))) for arm in found]
+    return [Arm(arm.label, tuple(expand(arm.assignments))) for arm in found]
 
 
-def _expand(assignments: tuple[str, ...]) -> list[str]:
+def expand(assignments: tuple[str, ...]) -> list[str]:
+    """Assignments for `config.override`, in which `bits=W2A2` has become the policy's two bit widths."""
     expanded = []
     for assignment in assignments:
         path, _, value = assignment.partition("=")

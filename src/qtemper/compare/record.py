@@ -11,7 +11,7 @@ from typing import Any, Literal
 from qtemper.compare.grid import Run
 from qtemper.train.state import write_atomically
 
-State = Literal["waiting", "started", "done", "diverged", "failed"]
+State = Literal["waiting", "started", "done", "diverged", "failed", "pruned"]
 
 
 def outcome_path(run: Run, root: Path) -> Path:
@@ -25,7 +25,8 @@ class Record:
 
     Attributes:
         run: which run.
-        state: `waiting` (nothing there), `started`, `done`, `diverged` (NaN: it counts as a result), or `failed`.
+        state: `waiting` (nothing there), `started`, `done`, `diverged` (NaN: it counts as a result), `failed`, or
+            `pruned` (a sweep gave it up).
         epochs: the epoch lines of its metrics.
         result: its `result.json`.
         environment: its `environment.json`.
@@ -38,6 +39,11 @@ class Record:
     result: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     outcome: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come of it by itself."""
+        return self.state not in ("waiting", "started")
 
     @property
     def progress(self) -> float:
@@ -71,13 +77,14 @@ def read(run: Run, root: Path) -> Record:
     """The record of a run, as far as it got."""
     directory = run.directory(root)
     outcome = _json(outcome_path(run, root))
-    if not (directory / "config.json").is_file() and outcome.get("state") not in ("diverged", "failed"):
+    gave_up = outcome.get("state") in ("diverged", "failed", "pruned")
+    if not (directory / "config.json").is_file() and not gave_up:
         return Record(run, "waiting")
     result = _json(directory / "result.json")
     state: State = "started"
     if (directory / "final.safetensors").is_file() and "top1" in result:
         state = "done"
-    elif outcome.get("state") in ("diverged", "failed"):
+    elif gave_up:
         state = outcome["state"]
     return Record(
         run, state, _epochs(directory / "metrics.jsonl"), result, _json(directory / "environment.json"), outcome

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from qtemper.compare.record import Record
-from qtemper.compare.table import Line, format_table, summarize
+from qtemper.compare.table import Line, format_table, markdown, summarize
 from qtemper.train.state import write_atomically
 
 
@@ -35,6 +36,48 @@ def status(records: list[Record], jobs: int) -> str:
         hours = left * sum(seconds) / len(seconds) / jobs / 3600
         lines.append(f"about {hours:.1f} hours left with {jobs} at once")
     return "\n".join(lines)
+
+
+def goes_on(records: list[Record]) -> str:
+    """What a command says whose time was up."""
+    ended = sum(record.ended for record in records)
+    return f"time is up: {ended} of {len(records)} runs have ended; the same command goes on with the others."
+
+
+def trials(records: dict[int, Record], judged_by: str) -> str:
+    """The trials of a sweep, the best first, and how to repeat the best.
+
+    Args:
+        records: by the number of the trial.
+        judged_by: what their accuracy is measured on.
+    """
+
+    def top1(record: Record) -> float:
+        tested = [e["test_top1"] for e in record.epochs if e.get("test_top1") is not None]
+        return float(tested[-1]) if tested else -math.inf
+
+    order = sorted(records, key=lambda n: (records[n].state != "done", -top1(records[n]), n))
+    rows = []
+    for number in order:
+        r = records[number]
+        shown = "" if math.isinf(top1(r)) else f"{top1(r):.2f}"
+        epochs = f"{len(r.epochs)} of {r.run.experiment.train.epochs}"
+        message = r.outcome.get("message", "") if r.state in ("diverged", "failed") else ""
+        rows.append([str(number), r.run.arm.label, shown, epochs, f"{r.state}{': ' if message else ''}{message}"])
+    lines = [markdown(["trial", "settings", "top-1", "epochs", ""], rows), "", f"top-1 is of {judged_by}."]
+    if order and records[order[0]].state == "done":
+        settings = " ".join(f"--set {shlex.quote(text)}" for text in records[order[0]].run.arm.label.split(" "))
+        lines.append(f"best: {settings}")
+    else:
+        lines.append("no trial has come to its end.")
+    return "\n".join(lines)
+
+
+def write_trials(records: dict[int, Record], judged_by: str, root: Path) -> None:
+    """Write `trials.md`, and `trials.jsonl` with a line for each trial, into the sweep's directory."""
+    write_atomically(root / "trials.md", (trials(records, judged_by) + "\n").encode())
+    lines = [json.dumps({"trial": number, **record.line()}) + "\n" for number, record in sorted(records.items())]
+    write_atomically(root / "trials.jsonl", "".join(lines).encode())
 
 
 def write(records: list[Record], baseline: str | None, root: Path) -> None:

@@ -1,23 +1,21 @@
-"""Runs in processes of their own, several at once; killed at any moment, they go on where they were."""
+"""Several runs at once, each written down as it ends; killed at any moment, they go on where they were."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
-import subprocess
-import sys
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from qtemper.compare.grid import Run
-from qtemper.compare.record import note, read
+from qtemper.compare.launch import Job, Launcher, log_path
+from qtemper.compare.record import State, note, read
 from qtemper.train.metrics import DIVERGED_EXIT
+from qtemper.train.signals import stop_on_signal
 
 POLL = 0.5
-"""Seconds between two looks at the processes."""
+"""Seconds between two looks at the runs."""
 
 IN_USE = "is in use by"
 """What `RunDir.lock` says of a run whose process lives on: its scheduler was killed, and it writes its checkpoint."""
@@ -25,126 +23,193 @@ IN_USE = "is in use by"
 RETRIES = 3
 """Starts of a run that fails without having diverged, before it is given up."""
 
+GRACE = 20.0
+"""Seconds to write a checkpoint in when time is up; a run that needs longer is killed, and repeats a little."""
 
-@dataclass(frozen=True)
-class Options:
-    """How runs are started.
 
-    Attributes:
-        root: the comparison's directory.
-        data: directory of the data set.
-        init: float checkpoint.
-        jobs: processes at once.
-        threads: of torch in each.
-    """
+class Stopped(Exception):  # noqa: N818 (an event, not an error)
+    """Ctrl-C or SIGTERM: the runs have written their checkpoints and ended."""
 
-    root: Path
-    data: Path | None
-    init: Path | None
-    jobs: int
-    threads: int
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by signal {signum}")
+        self.signum = signum
 
 
 @dataclass
-class _Process:
+class _Active:
     run: Run
-    popen: subprocess.Popen[bytes]
-    started: float
+    job: Job
+    starts: int = 1
+    pruned: bool = False
+
+    @property
+    def what(self) -> str:
+        return f"{self.run.arm.label}, seed {self.run.seed}"
 
 
-def run_all(runs: list[Run], options: Options, say: Callable[[str], None]) -> None:
-    """Run everything that is not done, in order; a run that fails is reported and does not stop the others.
+class Pool:
+    """The runs under way.
+
+    Args:
+        launcher: how they are started.
+        root: the comparison's directory.
+        jobs: how many at once.
+        say: takes a line for every run that starts or ends.
+    """
+
+    def __init__(self, launcher: Launcher, root: Path, jobs: int, say: Callable[[str], None]) -> None:
+        self.launcher, self.root, self.jobs, self.say = launcher, root, jobs, say
+        self.active: list[_Active] = []
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more may start."""
+        return len(self.active) < self.jobs
+
+    def holds(self, run: Run) -> bool:
+        """Whether that run is under way."""
+        return any(entry.run.config_hash == run.config_hash for entry in self.active)
+
+    def start(self, run: Run) -> None:
+        """Start a run."""
+        self.active.append(_Active(run, self.launcher.start(run)))
+        self.say(f"started   {self.active[-1].what}")
+
+    def prune(self, run: Run) -> None:
+        """Ask a run to end for good, before its training does."""
+        for entry in self.active:
+            if entry.run.config_hash == run.config_hash and not entry.pruned:
+                entry.pruned = True
+                entry.job.stop()
+
+    def collect(self) -> None:
+        """Write down the runs that have ended; one that failed starts again, `RETRIES` times in all."""
+        for entry in list(self.active):
+            code = entry.job.poll()
+            if code is None:
+                continue
+            state, message = self._outcome(entry, code)
+            entry.starts -= IN_USE in message
+            if state == "started" and entry.starts >= RETRIES:
+                state = "failed"
+            self._note(entry, state, message)
+            if state == "started":
+                time.sleep(2 if IN_USE in message else 0)
+                entry.job = self.launcher.start(entry.run)
+                entry.starts += 1
+                self.say(f"started   {entry.what}")
+            else:
+                self.active.remove(entry)
+
+    def stop(self, patience: float = math.inf) -> None:
+        """Let all runs write a checkpoint and end.
+
+        Args:
+            patience: seconds after which a run that still goes on is killed.
+        """
+        until = time.monotonic() + patience
+        for entry in self.active:
+            entry.job.stop()
+        while self.active:
+            for entry in list(self.active):
+                code = entry.job.poll()
+                if code is not None:
+                    # What was asked to end is no failure, whatever its exit code.
+                    state: State = "done" if code == 0 else "diverged" if code == DIVERGED_EXIT else "started"
+                    self._note(entry, state, self._last_line(entry, code) if state == "diverged" else "")
+                    self.active.remove(entry)
+                elif time.monotonic() > until:
+                    entry.job.kill()
+            time.sleep(POLL if self.active else 0)
+
+    def _outcome(self, entry: _Active, code: int) -> tuple[State, str]:
+        """How a run ended, in which `started` means that it has to start again, and what it said last."""
+        message = self._last_line(entry, code)
+        if code == 0:
+            return "done", ""
+        if code == DIVERGED_EXIT:
+            return "diverged", message
+        if entry.pruned:
+            return "pruned", ""
+        if code == 2 and IN_USE not in message:  # bad input: starting again would not help
+            return "failed", message
+        return "started", message
+
+    def _note(self, entry: _Active, state: State, message: str) -> None:
+        seconds = entry.job.seconds()
+        note(entry.run, self.root, state=state, seconds=seconds, message=message)
+        if state == "done":
+            top1 = read(entry.run, self.root).result.get("top1", math.nan)
+            message = f"{top1:.2f}% in {seconds:.0f} s"
+        word = "stopped" if state == "started" else state
+        self.say(f"{word:10}{entry.what}{': ' if message else ''}{message}")
+
+    def _last_line(self, entry: _Active, code: int) -> str:
+        lines = _tail(log_path(entry.run, self.root))
+        return next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
+
+
+def drive(pool: Pool, turn: Callable[[], bool], stop_after: float | None = None) -> bool:
+    """Run until nothing is left.
+
+    Args:
+        pool: the runs under way.
+        turn: called every `POLL` seconds; starts what there is room for and returns whether more will come.
+        stop_after: seconds after which the runs are asked to write checkpoints and end.
+
+    Returns:
+        False when time was up before everything had ended.
 
     Raises:
-        KeyboardInterrupt: after all processes have written their checkpoints.
+        Stopped: on Ctrl-C or SIGTERM, after the runs have written their checkpoints; a second Ctrl-C does not wait.
     """
-    waiting = [run for run in runs if read(run, options.root).state not in ("done", "diverged")]
-    starts: dict[str, int] = {}
-    active: list[_Process] = []
-    try:
-        while waiting or active:
-            while waiting and len(active) < options.jobs:
-                run = waiting.pop(0)
-                starts[run.config_hash] = starts.get(run.config_hash, 0) + 1
-                active.append(_Process(run, _start(run, options), time.monotonic()))
-                say(f"started   {run.arm.label}, seed {run.seed}")
-            time.sleep(POLL)
-            for process in [p for p in active if p.popen.poll() is not None]:
-                active.remove(process)
-                message = _ended(process, options, say)
-                if IN_USE in message:
-                    starts[process.run.config_hash] -= 1
-                if message and starts[process.run.config_hash] < RETRIES:
-                    waiting.insert(0, process.run)
-                elif message:
-                    note(process.run, options.root, state="failed", seconds=0.0, message=message)
-    except BaseException:
-        for process in active:
-            process.popen.send_signal(signal.SIGTERM)
-        for process in active:
-            process.popen.wait()
-            note(process.run, options.root, state="started", seconds=time.monotonic() - process.started)
-        raise
+    until = math.inf if stop_after is None else time.monotonic() + stop_after
+    with stop_on_signal() as received:
+        try:
+            more = True
+            while more or pool.active:
+                if received:
+                    raise Stopped(received[0])
+                if time.monotonic() >= until:
+                    pool.stop(GRACE)
+                    return False
+                more = turn()
+                time.sleep(POLL)
+                pool.collect()
+        except BaseException:
+            pool.stop()
+            raise
+    return True
 
 
-def _start(run: Run, options: Options) -> subprocess.Popen[bytes]:
-    directory = run.directory(options.root)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "qtemper.cli", "train", run.recipe, "--out", str(directory)]
-    for assignment in run.assignments:
-        command += ["--set", assignment]
-    for name, path in (("--data", options.data), ("--init", options.init)):
-        if path is not None:
-            command += [name, str(path)]
-    if (directory / "config.json").exists():
-        command.append("--resume")
-    logs = options.root / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    with (logs / f"{directory.name}.log").open("ab") as log:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)},
-            preexec_fn=_die_with_parent,
-        )
+def run_all(runs: list[Run], pool: Pool, stop_after: float | None = None) -> bool:
+    """Run everything that is not done, in order; a run that fails is reported and does not stop the others.
 
+    Args:
+        runs: which.
+        pool: how.
+        stop_after: see `drive`.
 
-def _die_with_parent() -> None:
-    """On Linux, SIGTERM for the run when the scheduler dies, even by SIGKILL: it writes a checkpoint and ends."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)
+    Returns:
+        Whether everything has ended.
 
+    Raises:
+        Stopped: see `drive`.
+    """
+    waiting = [run for run in runs if read(run, pool.root).state not in ("done", "diverged")]
 
-def _ended(process: _Process, options: Options, say: Callable[[str], None]) -> str:
-    """Write down how a run ended; returns why to start it again, or an empty text."""
-    run, code = process.run, process.popen.returncode
-    seconds = time.monotonic() - process.started
-    what = f"{run.arm.label}, seed {run.seed}"
-    log = options.root / "logs" / f"{run.directory(options.root).name}.log"
-    message = next((line for line in reversed(_tail(log)) if line.strip()), f"exit code {code}")
-    if code == 0:
-        note(run, options.root, state="done", seconds=seconds)
-        top1 = read(run, options.root).result.get("top1", float("nan"))
-        say(f"done      {what}: {top1:.2f}% in {seconds:.0f} s")
-        return ""
-    if code == DIVERGED_EXIT:
-        note(run, options.root, state="diverged", seconds=seconds, message=message)
-        say(f"diverged  {what}: {message}")
-        return ""
-    if IN_USE in message:
-        time.sleep(2)
-    elif code == 2:  # bad input: starting again would not help
-        note(run, options.root, state="failed", seconds=seconds, message=message)
-        say(f"failed    {what}: {message}")
-        return ""
-    note(run, options.root, state="started", seconds=seconds, message=message)
-    say(f"stopped   {what}: {message}")
-    return message
+    def turn() -> bool:
+        while waiting and pool.has_room:
+            pool.start(waiting.pop(0))
+        return bool(waiting)
+
+    drive(pool, turn, stop_after)
+    return all(read(run, pool.root).ended for run in runs)
 
 
 def _tail(path: Path, size: int = 4096) -> list[str]:
+    if not path.exists():
+        return []
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - size))
         return file.read().decode(errors="replace").splitlines()

@@ -107,6 +107,11 @@ def format_table(lines: list[Line], baseline: str | None) -> str:
             interval = "" if math.isnan(low) else f"{low:+.2f} .. {high:+.2f}"
             row += ["" if math.isnan(line.difference) else f"{line.difference:+.2f}", interval, line.verdict]
         rows.append(row)
+    return markdown(head, rows)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table in markdown, in columns of one width."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     shown = [head, ["-" * max(w, 3) for w in widths], *rows]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in shown)

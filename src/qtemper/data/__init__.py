@@ -68,6 +68,8 @@ class DataConfig:
         skip_limit: how many damaged or missing images of ImageNet may be replaced by the next one, with a warning.
         shrink: images in memory become smaller by this factor, each pixel the mean of a square; 1 leaves them.
         train_images: only so many training images, the first ones, of a data set in memory; 0 is all.
+        held_out: "test" images are the last so many training images, which are then not trained on, instead of the test
+            set: to choose settings by. For a data set in memory; 0 is the test set.
 
     Raises:
         ValueError: if the data set does not come from `source`, or a value is out of range.
@@ -83,6 +85,7 @@ class DataConfig:
     skip_limit: int = 0
     shrink: int = 1
     train_images: int = 0
+    held_out: int = 0
 
     def __post_init__(self) -> None:
         sources = {
@@ -102,11 +105,12 @@ class DataConfig:
             )
         if self.padding < 0:
             raise ValueError(f"padding must be 0 or more pixels, got {self.padding}.")
-        for name, least in (("image_size", 1), ("workers", 0), ("skip_limit", 0), ("shrink", 1), ("train_images", 0)):
+        for name in ("image_size", "workers", "skip_limit", "shrink", "train_images", "held_out"):
+            least = 1 if name in ("image_size", "shrink") else 0
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}.")
-        if self.name == "imagenet" and (self.shrink != 1 or self.train_images):
-            raise ValueError("shrink and train_images are for data sets in memory; for imagenet set image_size.")
+        if self.name == "imagenet" and (self.shrink != 1 or self.train_images or self.held_out):
+            raise ValueError("shrink, train_images and held_out are for data sets in memory; leave them for imagenet.")
 
 
 def load(config: DataConfig, root: Path | None = None) -> ImageData:
@@ -188,10 +192,22 @@ def open_source(config: DataConfig, root: Path | None = None, device: torch.devi
     if config.name == "imagenet":
         return load_imagenet(config, root, device=device)
     data = load(config, root)
-    train = data.train
-    if config.train_images > len(train):
-        raise ValueError(f"train_images is {config.train_images} but {data.name} has {len(train)}; set fewer.")
-    if config.train_images:
-        train = Split(train.images[: config.train_images], train.labels[: config.train_images])
-    data = ImageData(data.name, shrink(train, config.shrink), shrink(data.test, config.shrink), data.classes)
+    train, test = _choose(config, data)
+    data = ImageData(data.name, shrink(train, config.shrink), shrink(test, config.shrink), data.classes)
     return MemorySource(data.to(device), config.normalization, padding=config.padding, flip=config.flip)
+
+
+def _choose(config: DataConfig, data: ImageData) -> tuple[Split, Split]:
+    """Images to train on, the first ones, and images to test with, which are the last ones or the test set."""
+    train, test = data.train, data.test
+    size = config.train_images or max(1, len(train) - config.held_out)
+    if size + config.held_out > len(train):
+        wanted = f"train_images is {config.train_images}" + (
+            f" and held_out is {config.held_out}" if config.held_out else ""
+        )
+        raise ValueError(f"{wanted} but {data.name} has {len(train)} training images; set fewer.")
+    if config.held_out:
+        test = Split(train.images[-config.held_out :], train.labels[-config.held_out :])
+    if config.train_images or config.held_out:
+        train = Split(train.images[:size], train.labels[:size])
+    return train, test

@@ -1,0 +1,190 @@
+"""`qtemper compare` and `qtemper sweep`: their options."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from qtemper.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from qtemper.compare import schedule
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Run a grid of methods, bits, settings and seeds under one recipe; print and write its table.
+
+    The same command goes on where it stopped. The first seed of every arm runs before the second of any.
+
+    Attributes:
+        recipe: name of the recipe that all runs share.
+        out: directory of the comparison; several grids may share it.
+        vary: an axis, path=value,value (`bits=W2A2,W1A1` for the policy); several make a product.
+        arm: one more arm, "label: path=value; path=value".
+        assignments: change a field of the recipe for all runs, path=value.
+        seeds: of the runs.
+        baseline: label of the arm that the others are compared with.
+        data: directory of the data set.
+        init: float checkpoint that all runs start from.
+        jobs: runs at once.
+        threads: CPU threads of each.
+        slurm: submit the runs to a Slurm cluster with these parameters of submitit and sbatch, name=value:
+            timeout_min=60 partition=gpu gpus_per_node=1. --out must be on a file system that the nodes share, and
+            --jobs says how many may be submitted at once. A job whose time is up is requeued and goes on. Ctrl-C ends
+            the jobs; if this command is killed they go on, and the same command takes them over.
+        stop_after: seconds after which the runs write checkpoints and end; the table is printed as far as it is.
+        status: only say what is done, what is under way, and when it will end.
+        record: append the ended runs to this file of JSON lines.
+    """
+
+    recipe: Positional[str]
+    out: Path
+    vary: UseAppendAction[tuple[str, ...]] = ()
+    arm: UseAppendAction[tuple[str, ...]] = ()
+    assignments: Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="PATH=VALUE")] = ()
+    seeds: tuple[int, ...] = (0,)
+    baseline: str | None = None
+    data: Path | None = None
+    init: Path | None = None
+    jobs: int = 1
+    threads: int = 1
+    slurm: tuple[str, ...] = ()
+    stop_after: float | None = None
+    status: bool = False
+    record: Path | None = None
+
+    def run(self) -> None:
+        """Do it."""
+        from qtemper.compare import grid, record, report, schedule
+        from qtemper.data.images import optional_module
+
+        optional_module("scipy.stats", "compare")  # before the runs, not at the table after them
+        arms = grid.make_arms(list(self.vary), list(self.arm))
+        runs = grid.make_runs(self.recipe, list(self.assignments), arms, list(self.seeds))
+        if self.baseline is not None and self.baseline not in {a.label for a in arms}:
+            raise ConfigError(
+                f"--baseline {self.baseline!r} is no arm; {nearest(self.baseline, [a.label for a in arms])}"
+            )
+        _check(self)
+        finished = True
+        if not self.status:
+            finished = _until_signal(lambda: schedule.run_all(runs, _pool(self), self.stop_after))
+        records = [record.read(run, self.out) for run in runs]
+        if self.record is not None:
+            record.append_lines(records, self.record)
+        if self.status:
+            print(report.status(records, self.jobs))
+        else:
+            report.write(records, self.baseline, self.out)
+        print(report.table(records, self.baseline))
+        if not finished:
+            print(report.goes_on(records))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Search for the settings of a recipe that give the best accuracy; print and write the table of trials.
+
+    The same command goes on where it stopped. Trials are proposed by Optuna (TPE), or are all combinations where there
+    are no more of them than trials. They are judged by training images that are held out, 10,000 of CIFAR's unless
+    `--set data.held_out=N` says otherwise, never by the test set: `--set data.held_out=0` would. A float network that
+    was trained with those images has seen them: train one with the same `--set data.held_out=N`.
+
+    Attributes:
+        recipe: name of the recipe.
+        out: directory of the sweep.
+        search: what to vary, path=low..high, path=low..high:log or path=value,value; whole numbers if both ends are.
+        trials: how many.
+        assignments: change a field of the recipe for all trials, path=value.
+        seed: of the search and of every run.
+        prune: end a trial early that is below the median of the others at the same epoch, in the last two thirds.
+        data: directory of the data set.
+        init: float checkpoint that all trials start from.
+        jobs: trials at once.
+        threads: CPU threads of each.
+        slurm: submit the trials to a Slurm cluster; see `qtemper compare --help`.
+        stop_after: seconds after which the trials write checkpoints and end; the table is printed as far as it is.
+        status: only print the table.
+    """
+
+    recipe: Positional[str]
+    out: Path
+    search: UseAppendAction[tuple[str, ...]] = ()
+    trials: int = 10
+    assignments: Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="PATH=VALUE")] = ()
+    seed: int = 0
+    prune: bool = True
+    data: Path | None = None
+    init: Path | None = None
+    jobs: int = 1
+    threads: int = 1
+    slurm: tuple[str, ...] = ()
+    stop_after: float | None = None
+    status: bool = False
+
+    def run(self) -> None:
+        """Do it."""
+        from qtemper.compare import report, schedule, search, sweep
+        from qtemper.data.images import optional_module
+        from qtemper.run import RunDir
+
+        optional_module("optuna", "sweep")
+        axes = search.parse(list(self.search))
+        plan = sweep.make_plan(
+            self.recipe, list(self.assignments), axes, trials=self.trials, seed=self.seed, prune=self.prune
+        )
+        _check(self)
+        judged_by = sweep.judged_by(plan)
+        if self.status:
+            if not (self.out / sweep.JOURNAL).exists():
+                raise ConfigError(f"there is no sweep in {self.out}; start it with the same command without --status.")
+            print(report.trials(sweep.Sweep(plan, self.out).records(), judged_by))
+            return
+        pool = _pool(self)
+        with RunDir(self.out).lock():  # two commands would continue each other's trials
+            study = sweep.Sweep(plan, self.out)
+            study.prepare()
+            finished = _until_signal(lambda: schedule.drive(pool, lambda: study.turn(pool), self.stop_after))
+            records = study.records()
+            report.write_trials(records, judged_by, self.out)
+        print(report.trials(records, judged_by))
+        if not finished:
+            print(report.goes_on(list(records.values())))
+
+
+def _check(command: Compare | Sweep) -> None:
+    for name in ("jobs", "threads", "trials"):
+        if getattr(command, name, 1) < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {getattr(command, name)}.")
+    if command.stop_after is not None and not command.stop_after > 0:
+        raise ConfigError(f"--stop-after must be more than 0 seconds, got {command.stop_after}.")
+
+
+def _pool(command: Compare | Sweep) -> schedule.Pool:
+    """How the command's runs are started."""
+    from qtemper.compare import schedule
+    from qtemper.compare.launch import Launcher, LocalProcesses, Options
+    from qtemper.compare.slurm import SubmititJobs
+
+    options = Options(command.out, command.data, command.init, command.threads)
+    launcher: Launcher = SubmititJobs(options, list(command.slurm)) if command.slurm else LocalProcesses(options)
+    return schedule.Pool(launcher, command.out, command.jobs, lambda text: print(text, flush=True))
+
+
+def _until_signal(work: Callable[[], bool]) -> bool:
+    """Do the work; Ctrl-C and SIGTERM end the command as they end `qtemper train`."""
+    from qtemper.compare.schedule import Stopped
+
+    try:
+        return work()
+    except Stopped as stop:
+        name = signal.Signals(stop.signum).name
+        print(f"qtemper: stopped by {name}; the same command goes on.", file=sys.stderr)
+        sys.exit(128 + stop.signum)
