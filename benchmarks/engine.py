@@ -20,8 +20,8 @@ from torch import nn
 import qtemper
 from qtemper.data.images import ImageData, Split
 from qtemper.data.source import MemorySource
+from qtemper.environment import environment
 from qtemper.models import ModelConfig, build
-from qtemper.run import environment
 from qtemper.train import OptimConfig, TrainConfig, fit
 
 BATCH = 128

@@ -16,7 +16,7 @@ import torch
 from benchmarks.faults import rows_damage, rows_disk, rows_kill, rows_processes, rows_refuse  # noqa: F401 (they register their rows)
 from benchmarks.faults.table import ROWS, Row, as_markdown, run_row
 
-from qtemper.run import environment
+from qtemper.environment import environment
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"

@@ -12,7 +12,7 @@ from benchmarks.training_step.contestants import CONTESTANTS, REFERENCE
 from benchmarks.training_step.setup import Setup
 from benchmarks.training_step.statistics import ratios, spread
 
-from qtemper.run import environment
+from qtemper.environment import environment
 
 MIB = 2**20
 

@@ -1,4 +1,4 @@
-"""The `qtemper` command: train, evaluate, compare, sweep, recipes."""
+"""The `qtemper` command: train, evaluate, export, compare, sweep, recipes."""
 
 from __future__ import annotations
 
@@ -77,11 +77,13 @@ class Evaluate:
     Attributes:
         run_directory: the run directory.
         data: directory of the data set; the training's own if not given.
+        integer: also evaluate its integer form, which is what a device computes.
         as_json: print one JSON object.
     """
 
     run_directory: Annotated[Positional[Path], arg(name="run")]
     data: Path | None = None
+    integer: bool = False
     as_json: Annotated[bool, arg(name="json")] = False
 
     def run(self) -> None:
@@ -89,11 +91,42 @@ class Evaluate:
         from qtemper import pipeline
         from qtemper.run import RunDir
 
-        result = pipeline.evaluate_run(RunDir.open(self.run_directory), self.data)
+        result = pipeline.evaluate_run(RunDir.open(self.run_directory), self.data, integer=self.integer)
         if self.as_json:
             print(json.dumps(result))
         else:
             print_result(result)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's network as an ONNX file of integers, and prove that it computes what the integer model computes.
+
+    Attributes:
+        run_directory: the run directory.
+        out: the file; the proof goes beside it, as FILE.report.json.
+        target: onnxruntime, openvino, tensorrt or qonnx.
+        data: directory of the data set; the training's own if not given.
+        images: test images whose top-1 is compared; all if not given.
+    """
+
+    run_directory: Annotated[Positional[Path], arg(name="run")]
+    out: Path
+    target: str = "onnxruntime"
+    data: Path | None = None
+    images: int | None = None
+
+    def run(self) -> None:
+        """Do it."""
+        from qtemper import pipeline
+        from qtemper.data.images import optional_module
+        from qtemper.run import RunDir
+
+        for module in ("onnxscript", "onnxruntime"):
+            optional_module(module, "export")
+        run = RunDir.open(self.run_directory)
+        report = pipeline.export_run(run, self.out, target=self.target, data=self.data, images=self.images)
+        print(report.table())
 
 
 @dataclass(frozen=True)
@@ -120,7 +153,12 @@ class Recipes:
 
 def print_result(result: dict[str, object]) -> None:
     """The accuracies side by side."""
-    columns = [("float_top1", "float"), ("calibrated_top1", "after calibration"), ("top1", "after training")]
+    columns = [
+        ("float_top1", "float"),
+        ("calibrated_top1", "after calibration"),
+        ("top1", "after training"),
+        ("integer_top1", "in integers"),
+    ]
     shown = [(label, f"{result[key]:.2f}%") for key, label in columns if key in result]
     widths = [max(len(a), len(b)) for a, b in shown]
     print("top-1   " + "   ".join(label.rjust(w) for (label, _), w in zip(shown, widths, strict=True)))
@@ -134,7 +172,14 @@ def main() -> None:
     from qtemper.train.metrics import DIVERGED_EXIT
 
     command = tyro.extras.subcommand_cli_from_dict(
-        {"train": Train, "evaluate": Evaluate, "compare": Compare, "sweep": Sweep, "recipes": Recipes},
+        {
+            "train": Train,
+            "evaluate": Evaluate,
+            "export": Export,
+            "compare": Compare,
+            "sweep": Sweep,
+            "recipes": Recipes,
+        },
         prog="qtemper",
         description=inspect.getdoc(sys.modules[__name__]),
     )

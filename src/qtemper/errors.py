@@ -26,6 +26,10 @@ class CheckpointError(ValueError):
     """A checkpoint or run directory is missing, damaged or of another model."""
 
 
+class ExportError(ValueError):
+    """A model, or a part of one, that a device or file format cannot hold; the message names the layer."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name: the closest known one, or all of them."""
     known = sorted(known)

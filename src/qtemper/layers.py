@@ -8,7 +8,7 @@ float class's forward runs unchanged, a user's subclass with its own forward inc
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,44 @@ from qtemper.quantizer import Quantizer
 QUANTIZERS = {"weight": "weight_quantizer", "activation": "act_quantizer"}
 
 
+@final
+class StoredWeight(nn.Module):
+    """A weight in integers, in the place of a weight quantizer whose latent weight is gone (`export.convert`).
+
+    Args:
+        codes: int8, or int16 where they need 9 bits; shape of the weight.
+        scale: float32, broadcastable to it.
+        bits: of the grid that the codes come from.
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, codes: Tensor, scale: Tensor, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+
+    def forward(self) -> Tensor:
+        """The weight, `codes * scale`."""
+        return self.codes.to(self.scale.dtype) * self.scale
+
+
 class QuantLayer(nn.Module):
     """Mixin in front of a float layer's class; made by `quantize_layer`, never constructed directly."""
 
-    weight_quantizer: Quantizer | None
+    weight_quantizer: Quantizer | StoredWeight | None
     act_quantizer: Quantizer | None
 
     @property
     def weight(self) -> Tensor:
         """The fake-quantized weight; the latent one is `latent_weight`, and stands in for it before calibration."""
-        latent, quantizer = self.latent_weight, self.weight_quantizer
+        quantizer = self.weight_quantizer
+        if isinstance(quantizer, StoredWeight):
+            stored: Tensor = quantizer()
+            return stored
+        latent = self.latent_weight
         return latent if quantizer is None or not quantizer.grid.calibrated else quantizer(latent)
 
     @property
@@ -43,7 +71,7 @@ class QuantLayer(nn.Module):
         """The float layer's forward on quantized operands."""
         if fast_path() and fast.supported(self, input):
             return fast.forward(self, input)
-        if self.weight_quantizer is not None:
+        if isinstance(self.weight_quantizer, Quantizer):
             self.weight_quantizer.require_calibrated()
         if self.act_quantizer is not None:
             input = self.act_quantizer(input)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -181,13 +182,60 @@ def load_run(run: RunDir) -> tuple[Experiment, nn.Module]:
     return experiment, model
 
 
-def evaluate_run(run: RunDir, data: Path | None = None) -> dict[str, Any]:
-    """Test accuracy of a run's network, in percent, with the recorded accuracies beside it."""
+def evaluate_run(run: RunDir, data: Path | None = None, *, integer: bool = False) -> dict[str, Any]:
+    """Test accuracy of a run's network, in percent, with the recorded accuracies beside it.
+
+    Args:
+        run: with a final network or a checkpoint.
+        data: the data set's directory.
+        integer: also that of its integer form, `integer_top1`: what a device computes.
+    """
     experiment, model = load_run(run)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() and not integer else "cpu"
     source = open_source(experiment.data, data or run.data_directory(), device)
-    top1 = evaluate(model.to(device), source)
-    return {"run": str(run.path), "recipe": experiment.name, **run.read_result(), "top1": top1}
+    result = {"run": str(run.path), "recipe": experiment.name, **run.read_result()}
+    result["top1"] = evaluate(model.to(device), source)
+    if integer:
+        from qtemper.export import integer_model
+
+        result["integer_top1"] = evaluate(integer_model(model, example_batch(experiment, source)), source)
+    return result
+
+
+EXAMPLES = 256
+"""Calibration images that the 8-bit scales between layers are fitted to, on export."""
+
+
+def example_batch(experiment: Experiment, source: Source) -> torch.Tensor:
+    """Real inputs for export, training images without augmentation."""
+    count = min(EXAMPLES, 32) if experiment.data.name == "imagenet" else EXAMPLES
+    return source.calibration_batches(count, 1, seed=experiment.seed)[0]
+
+
+def export_run(
+    run: RunDir, path: Path, *, target: str = "onnxruntime", data: Path | None = None, images: int | None = None
+) -> Any:
+    """Write a run's network as ONNX and prove what the file computes; a file that fails is not left behind.
+
+    Args:
+        run: with a final network or a checkpoint.
+        path: of the ONNX file; the report goes beside it, as `<path>.report.json`.
+        target: a name of `qtemper.export.targets.TARGETS`.
+        data: the data set's directory.
+        images: test images whose top-1 is compared; all if not given.
+
+    Returns:
+        The report, a `qtemper.export.verify.Report`.
+
+    Raises:
+        ExportError: the target cannot hold the model, or the file is not what the integer model computes.
+    """
+    from qtemper.export.proof import export_and_verify
+
+    experiment, model = load_run(run)
+    source = open_source(experiment.data, data or run.data_directory(), "cpu")
+    test = itertools.islice(source.test_batches(100), None if images is None else max(1, images // 100))
+    return export_and_verify(model, example_batch(experiment, source), path, target=target, test=test)
 
 
 def _check_fit(experiment: Experiment, source: Source) -> None:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-import torch
 from torch import nn
 
 from qtemper.config import Experiment, from_json, to_dict, to_json
+from qtemper.environment import environment
 from qtemper.errors import CheckpointError, ConfigError
 from qtemper.train.snapshot import differences, shorten
 from qtemper.train.state import save_tensors, write_atomically
@@ -29,9 +26,6 @@ except ModuleNotFoundError:
     CAN_LOCK = False  # on Windows: there, nothing keeps two runs apart
 else:
     CAN_LOCK = True
-
-CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "i8mm")
-"""CPU features that decide speed, and in part exactness, of low-bit kernels."""
 
 
 @final
@@ -234,47 +228,3 @@ def _forget_locks() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_locks)
-
-
-def environment(seed: int) -> dict[str, Any]:
-    """Where a number comes from: versions, processor, GPU, commit, seed."""
-    return {
-        "qtemper": importlib.metadata.version("qtemper"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_flags": cpu_flags(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": commit(),
-        "seed": seed,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def cpu_flags() -> list[str]:
-    """Those of `CPU_FLAGS` that this processor has."""
-    try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return []
-    return [flag for flag in CPU_FLAGS if flag in words]
-
-
-def commit() -> str | None:
-    """The commit of the source tree the package runs from, with `-dirty`; None for an installed package."""
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-        "--exclude=*",
-    ]
-    try:
-        out = subprocess.run(git, capture_output=True, text=True, timeout=10, env={**os.environ, "LC_ALL": "C"})
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return out.stdout.strip() or None

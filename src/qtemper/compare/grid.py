@@ -123,7 +123,7 @@ def make_runs(recipe: str, common: list[str], arms: list[Arm], seeds: list[int])
     runs = []
     for seed in seeds:
         for arm in arms:
-            full = Arm(arm.label, (*_expand(tuple(common)), *arm.assignments))
+            full = Arm(arm.label, (*expand(tuple(common)), *arm.assignments))
             try:
                 runs.append(Run(full, seed, recipe, override(start, [*full.assignments, f"seed={seed}"])))
             except ConfigError as error:

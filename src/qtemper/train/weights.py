@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -47,6 +48,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, ValueError, OSError, RuntimeError, KeyError, MemoryError) as error:
         hint = "pickled .pt/.pth files are never opened; convert with safetensors.torch.save_file(state_dict, path)"
         raise CheckpointError(f"{path} is no sound safetensors file ({one_line(str(error))}); {hint}.") from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file carries; of a file that `read_safetensors` has read."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return dict(header.get("__metadata__", {}))
 
 
 def load_strictly(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:

@@ -1,0 +1,88 @@
+"""An ONNX file with its proof, or no file."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from qtemper.calibrate import float_mode
+from qtemper.errors import ExportError
+from qtemper.export import verify
+from qtemper.export.onnx import build_onnx, graph_for
+from qtemper.export.targets import get_target
+from qtemper.train.state import write_atomically
+
+
+def export_and_verify(
+    model: nn.Module,
+    example: Tensor,
+    path: Path,
+    *,
+    target: str = "onnxruntime",
+    test: Iterable[tuple[Tensor, Tensor]] = (),
+    rounds: int = 30,
+) -> verify.Report:
+    """Write a model as ONNX after proving what the file computes.
+
+    Args:
+        model: prepared, calibrated and trained; its training mode is kept.
+        example: a batch of real inputs, two at least: scales of 8-bit values are fitted to it, codes compared on it.
+        path: of the file; `<path>.report.json` is written beside it, whatever the outcome.
+        target: a name of `targets.TARGETS`.
+        test: batches of inputs and labels, for top-1.
+        rounds: of timing against the float model; 0 for none.
+
+    Returns:
+        The report of a file that is sound.
+
+    Raises:
+        ExportError: the target cannot hold the model, or the file failed; then there is no file.
+    """
+    wanted = get_target(target)
+    if not path.parent.is_dir():
+        raise ExportError(f"{path.parent} is no directory; make it first, or choose another path.")
+    mode = model.training
+    model.eval()
+    try:
+        graph = graph_for(model, example, wanted)
+        file = ir.serde.serialize_model(build_onnx(graph, example, wanted)).SerializeToString()
+        proto = onnx.load_from_string(file)
+        report = verify.verify(proto, graph, example[:32], wanted)
+        report.sizes = verify.sizes(model, graph, len(file))
+        if not (wanted.quant_nodes or wanted.signed):
+            test = list(test)
+            if test:
+                report.top1 = verify.accuracies(test, graph, proto, model)
+            if rounds:
+                report.latency = verify.compare_latency(proto, float_onnx(model, example), example[:1], rounds)
+    finally:
+        model.train(mode)
+    write_atomically(path.with_name(path.name + ".report.json"), report.to_json().encode())
+    failures = report.failures()
+    if failures:
+        more = f", and {len(failures) - 3} more" if len(failures) > 3 else ""
+        raise ExportError(f"{path} failed its verification and was not written: {'; '.join(failures[:3])}{more}.")
+    write_atomically(path, file)
+    return report
+
+
+def float_onnx(model: nn.Module, example: Tensor) -> onnx.ModelProto:
+    """The float network with the latent weights, as torch.onnx exports it: what latency is compared with."""
+    with float_mode(model), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program: Any = torch.onnx.export(
+            model, (example,), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim.AUTO},)
+        )
+    return ir.serde.serialize_model(program.model)
+
+
+__all__ = ["export_and_verify", "float_onnx"]
