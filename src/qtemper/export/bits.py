@@ -47,7 +47,7 @@ def shrink(codes: NDArray[np.int8]) -> Stored:
 
 
 def planes(inner: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
-    """Codes as planes of bits, shape (bits, bytes): plane k has bit k of each code + 2^(bits - 1), the first code lowest."""
+    """Codes as planes of bits, shape (bits, bytes): plane k has bit k of each code + 2^(bits - 1)."""
     raised = (inner.astype(np.int16).reshape(-1) + 2 ** (bits - 1)).astype(np.uint8)
     return np.packbits((raised[None, :] >> np.arange(bits, dtype=np.uint8)[:, None]) & 1, axis=1, bitorder="little")
 

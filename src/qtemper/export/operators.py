@@ -1,9 +1,8 @@
 """The operators of an integer model: exact in plain torch, and the ONNX subgraph of each is in `onnx.py`.
 
-Codes are uint8 or int8. Accumulators are exact: sums of integers in a float type that holds every
-partial sum. What a runtime does in
-float32 is done here in the same float32 operations, so the results are equal to the bit: `round(sum * (bias_scale / scale))` with
-`bias_scale = x_scale * weight_scale`, each product and quotient rounded.
+Codes are uint8 or int8. Accumulators are exact: sums of integers in a float type that holds every partial sum. What a
+runtime does in float32 is done here in the same float32 operations, so the results are equal to the bit:
+`round(sum * (bias_scale / scale))` with `bias_scale = x_scale * weight_scale`, each product and quotient rounded.
 """
 
 from __future__ import annotations
@@ -179,19 +178,54 @@ def quant(x: Tensor, scale: Tensor, zero_point: float, bits: int, signed: bool) 
     return (torch.round(x / scale + zero_point).clamp(low, low + 2**bits - 1) - zero_point) * scale
 
 
-for _function in (
-    quantize,
-    dequantize,
-    dequantize_weight,
-    convolve,
-    linear,
-    linear_real,
-    add_codes,
-    average,
-    max_pool,
-    clamp_codes,
-    quant,
+# Shapes and types alone, for torch.export, which would otherwise trace every operation inside.
+
+
+def _same_shape(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _same_shape_real(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32)
+
+
+def _quantize_shape(x: Tensor, scale: float, zero_point: int, low: int, high: int, signed: bool) -> Tensor:
+    return torch.empty_like(x, dtype=torch.int8 if signed else torch.uint8)
+
+
+def _convolve_shape(
+    x: Tensor, x_scale: float, x_zero_point: int, weight: Tensor, weight_scale: Tensor, bias: Tensor,
+    bias_scale: Tensor, bits: int, stride: list[int], padding: list[int], dilation: list[int], *_: object,
+) -> Tensor:  # fmt: skip
+    numbers = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in numbers]
+    return x.new_empty((x.shape[0], weight.shape[0], *size))
+
+
+def _linear_shape(x: Tensor, x_scale: float, x_zero_point: int, weight: Tensor, *_: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _linear_real_shape(x: Tensor, x_scale: float, x_zero_point: int, weight: Tensor, *_: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
+
+
+def _average_shape(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty((*x.shape[:-2], 1, 1))
+
+
+for _function, _shape in (
+    (quantize, _quantize_shape),
+    (dequantize, _same_shape_real),
+    (dequantize_weight, _same_shape_real),
+    (convolve, _convolve_shape),
+    (linear, _linear_shape),
+    (linear_real, _linear_real_shape),
+    (add_codes, _same_shape),
+    (average, _average_shape),
+    (max_pool, max_pool),
+    (clamp_codes, _same_shape),
+    (quant, _same_shape),
 ):
-    # Composed of torch's own operators, the same code says what shapes come out.
     _lib.impl(_function.__name__, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qtemper_integer::{_function.__name__}", _function, lib=_lib)
+    torch.library.register_fake(f"qtemper_integer::{_function.__name__}", _shape, lib=_lib)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import torch
 from numpy.typing import NDArray
 
 from qtemper.errors import ExportError
@@ -31,7 +32,7 @@ def with_outputs(model: onnx.ModelProto, names: Sequence[str], kind: int) -> onn
     return copy
 
 
-def onnxruntime_session(model: onnx.ModelProto, *, optimised: bool = True, threads: int = 0) -> Any:
+def onnxruntime_session(model: onnx.ModelProto, *, optimised: bool = True) -> Any:
     """A session on the CPU, with the default optimisations or none.
 
     Raises:
@@ -39,7 +40,7 @@ def onnxruntime_session(model: onnx.ModelProto, *, optimised: bool = True, threa
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = torch.get_num_threads()
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
@@ -61,7 +62,12 @@ def run_reference(model: onnx.ModelProto, names: Sequence[str]) -> Runner:
 
     evaluator = ReferenceEvaluator(model)
     entry = model.graph.input[0].name
-    return lambda x: dict(zip(names, evaluator.run(list(names), {entry: x}), strict=True))
+
+    def run(x: Array) -> dict[str, Array]:
+        with np.errstate(all="ignore"):  # some BLAS report operations on values that they then discard
+            return dict(zip(names, evaluator.run(list(names), {entry: x}), strict=True))
+
+    return run
 
 
 def run_openvino(model: onnx.ModelProto, names: Sequence[str], directory: Path) -> Runner:

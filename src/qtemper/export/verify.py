@@ -1,4 +1,4 @@
-"""Proof that an ONNX file computes what the integer model computes: codes counted, not values compared with a tolerance.
+"""Proof that an ONNX file computes what the integer model computes: codes are counted, not compared with a tolerance.
 
 Two kinds of input: real ones, for the whole model, and for each convolution and linear layer by itself codes at both
 ends of their range, where 8-bit kernels saturate. Every number here is about the runtime and the CPU that ran it.
@@ -219,7 +219,7 @@ def _extremes(model: onnx.ModelProto, integers: fx.GraphModule, inputs: Tensor, 
         if node.target not in KERNELS:
             continue
         name = node.name if any(node.name in made.output for made in model.graph.node) else final
-        small, entry = runtimes.part(model, name, kind)
+        small, _ = runtimes.part(model, name, kind)
         like = torch.from_numpy(values[node.args[0].name])
         low, high = _ends(node.args[0], like)
         random = torch.randint(0, 2, like.shape[1:], generator=generator).bool()
