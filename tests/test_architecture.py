@@ -20,7 +20,7 @@ LAYERS = [
     {"quantizer"},
     {"fast"},
     {"methods", "layers", "progress"},
-    {"policy", "prepare", "calibrate", "curvature", "models", "data"},
+    {"policy", "prepare", "calibrate", "requantize", "curvature", "models", "data"},
     {"train"},
     {"config"},
     {"run"},
