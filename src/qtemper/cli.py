@@ -77,11 +77,15 @@ class Evaluate:
     Attributes:
         run_directory: the run directory.
         data: directory of the data set; the training's own if not given.
+        bits: other bits to evaluate the trained network at, too, without training: W3 for the weights, W3A8 for both.
+        batch_norm: with --bits, re-estimate batch norm's statistics; else they stay as trained.
         as_json: print one JSON object.
     """
 
     run_directory: Annotated[Positional[Path], arg(name="run")]
     data: Path | None = None
+    bits: tuple[str, ...] = ()
+    batch_norm: bool = False
     as_json: Annotated[bool, arg(name="json")] = False
 
     def run(self) -> None:
@@ -89,11 +93,14 @@ class Evaluate:
         from qtemper import pipeline
         from qtemper.run import RunDir
 
-        result = pipeline.evaluate_run(RunDir.open(self.run_directory), self.data)
+        run = RunDir.open(self.run_directory)
+        result = pipeline.evaluate_run(run, self.data, bits=self.bits, batch_norm=self.batch_norm)
         if self.as_json:
             print(json.dumps(result))
-        else:
-            print_result(result)
+            return
+        print_result(result)
+        for bits, top1 in result.get("top1_at", {}).items():
+            print(f"at {bits:<6} {top1:.2f}%")
 
 
 @dataclass(frozen=True)
