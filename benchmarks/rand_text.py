@@ -33,6 +33,7 @@ from qtemper.quantizer import Grid, Method, QuantSpec, Rounding, TensorKind
 from qtemper.run import environment
 
 CONTEXT = 128
+LATER = ("bits", "steps", "lr", "quantizer_lr")
 BITS = (8, 6, 5, 4, 3)
 RECORDED = ("torch", "python", "cpu_flags", "threads", "gpu", "commit")
 
@@ -221,7 +222,9 @@ class Study:
         self.text_hash = hashlib.sha256(text.encode()).hexdigest()
         self.training, self.held_out, self.characters = split(text)
         self.calibration = [next(windows(self.training, 64, 1, seed=0))[:, :-1]]
-        key = hashlib.sha256(f"{self.text_hash}{settings.__dict__}".encode()).hexdigest()[:12]
+        # Two studies that differ in what follows start from the same float network.
+        shared = {name: value for name, value in settings.__dict__.items() if name not in LATER}
+        key = hashlib.sha256(f"{self.text_hash}{shared}".encode()).hexdigest()[:12]
         path = home / f"float-{key}.safetensors"
         self.float_model = self.network()
         if not path.exists():
