@@ -16,15 +16,17 @@ SOURCE = Path(qtemper.__file__).parent
 
 # Each module may import from its own row and from the rows above it.
 LAYERS = [
-    {"errors", "functional", "counter", "schedules"},
+    {"errors", "functional", "counter", "schedules", "environment"},
     {"quantizer"},
     {"fast"},
     {"methods", "layers", "progress"},
-    {"policy", "prepare", "calibrate", "curvature", "models", "data"},
+    {"policy", "prepare", "calibrate", "requantize", "curvature", "models", "data"},
     {"train"},
+    {"export"},
     {"config"},
     {"run"},
     {"pipeline", "recipes"},
+    {"deploy"},
     {"compare"},
     {"cli"},
 ]

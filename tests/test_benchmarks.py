@@ -1,4 +1,4 @@
-"""The training-step benchmark: its arithmetic, what counts as saved, and a whole run of two contestants."""
+"""The training-step benchmark: its arithmetic, what counts as saved, a whole run of two contestants; RAND on text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from benchmarks import rand_text
 from benchmarks.training_step import __main__ as command
 from benchmarks.training_step.memory import saved_bytes
 from benchmarks.training_step.report import summarize
@@ -103,3 +104,18 @@ def test_an_unknown_contestant_is_refused(capsys):
     with pytest.raises(SystemExit):
         command.main(["--contestants", "lsqq"])
     assert "unknown contestant 'lsqq'; known: float" in capsys.readouterr().err
+
+
+def test_a_text_run_is_one_line_and_is_not_run_again(tmp_path, monkeypatch, capsys):
+    tiny = ["--width", "8", "--depth", "1", "--batch", "2", "--float-steps", "5", "--steps", "5", "--seeds", "0"]
+    out = tmp_path / "rand.jsonl"
+    command = ["rand_text", *tiny, "--home", str(tmp_path), "--out", str(out), "--arms", "rand max / tensor"]
+    monkeypatch.setattr("sys.argv", command)
+    rand_text.main()
+    first = out.read_text()
+    monkeypatch.setattr(rand_text.Study, "run", None)
+    rand_text.main()
+    assert out.read_text() == first
+    (line,) = map(json.loads, first.splitlines())
+    assert line["bpc"] == line["bpc_at"]["4"]  # at the bits of the training it is the trained network
+    assert capsys.readouterr().out.count("rand max / tensor | 1 |") == 2

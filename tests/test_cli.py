@@ -80,7 +80,8 @@ def test_every_line_of_a_recipe_is_a_path_that_set_takes(name: str, qtemper: Com
     [
         ([], ["train", "evaluate", "recipes"]),
         (["train"], ["--data", "--init", "--out", "--set PATH=VALUE", "--resume"]),
-        (["evaluate"], ["--data", "--json"]),
+        (["evaluate"], ["--data", "--bits", "--integer", "--json"]),
+        (["export"], ["--target", "--out", "--images"]),
         (["compare"], ["--vary", "--slurm", "timeout_min=60", "--stop-after", "--status"]),
         (["sweep"], ["--search", "path=low..high:log", "held out", "--slurm", "--stop-after"]),
         (["recipes"], ["path that --set takes"]),
@@ -154,6 +155,13 @@ def test_train_then_evaluate(qtemper: Command, tmp_path: Path) -> None:
     assert evaluated["top1"] == result["top1"]
     assert evaluated == {"run": str(run), "recipe": DIGITS, **result}
     assert accuracies(qtemper("evaluate", run)[0]) == [float_top1, calibrated_top1, top1]
+    # At other bits, too; its own are the network itself.
+    out, _ = qtemper("evaluate", run, "--bits", "W2", "w8A8", "W1")
+    assert [line.split()[:2] for line in out.splitlines()[2:]] == [["at", "W2"], ["at", "w8A8"], ["at", "W1"]]
+    at = json.loads(qtemper("evaluate", run, "--json", "--bits", "W2", "W1", "--batch-norm")[0])["top1_at"]
+    assert out.splitlines()[2].split()[2] == f"{result['top1']:.2f}%"
+    assert at.keys() == {"W2", "W1"}
+    assert "write W3" in qtemper("evaluate", run, "--bits", "3", code=2)[1]
     (run / "final.safetensors").unlink()
     assert json.loads(qtemper("evaluate", run, "--json")[0])["top1"] == result["top1"]
     newest = max((run / "checkpoints").iterdir())

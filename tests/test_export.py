@@ -116,7 +116,7 @@ def test_other_grids(bits, method, tmp_path):
 @pytest.mark.parametrize(
     ("build", "policy", "size"),
     [
-        (lambda: MobileNetV1(10), BitPolicy(4, 8, "8bit"), 32),
+        (lambda: MobileNetV1(10), BitPolicy(4, 8, "8bit"), 64),
         (lambda: ResNet(18, 10), BitPolicy(4, 4, "8bit"), 32),
         (lambda: ResNetCifar(8, shortcut="conv"), BitPolicy(4, 4, "float"), 16),
     ],

@@ -54,6 +54,17 @@ def test_nothing_is_clipped_and_tiny_or_zero_weights_are_finite(mode):
         assert torch.isfinite(small.grad).all()
 
 
+@pytest.mark.parametrize("block", [0, 7])
+def test_without_the_scales_gradient_the_weights_get_the_outputs(block):
+    twins = (make(RAND(block=block, scale_gradient=kept), "weight", 4, "signed", 1.0) for kept in (True, False))
+    (out, with_it), (same, without) = ((q(x), x) for q in twins for x in [data("signed")[0]])
+    g = data("signed")[1]
+    torch.autograd.backward([out, same], [g, g])
+    assert torch.equal(out, same)
+    torch.testing.assert_close(without.grad, g, rtol=1e-12, atol=0)  # times the scale, and divided by it
+    assert (with_it.grad - g).abs().max() > 0.1
+
+
 def test_before_the_start_weights_stay_as_they_are():
     quantizer = make(RAND(start=0.5), "weight", 4, "signed", 1.0)
     x, _ = data("signed")

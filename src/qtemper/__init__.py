@@ -16,9 +16,10 @@ from qtemper.errors import (
 from qtemper.methods import available as methods_available
 from qtemper.methods import get_method
 from qtemper.policy import BitPolicy, Plan, Row, Rule, make_plan
-from qtemper.prepare import param_groups, prepare, quantizer_table
+from qtemper.prepare import latent_state, param_groups, prepare, quantizer_table
 from qtemper.progress import Tempering, set_progress
 from qtemper.quantizer import Grid, Method, Quantizer, QuantSpec, Rounding, quantizers
+from qtemper.requantize import requantize
 
 __version__ = "0.1.0.dev0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "calibrate",
     "float_mode",
     "get_method",
+    "latent_state",
     "make_plan",
     "methods_available",
     "param_groups",
@@ -48,6 +50,7 @@ __all__ = [
     "quantizer_table",
     "quantizers",
     "reestimate_batch_norm",
+    "requantize",
     "set_progress",
     "update_curvature",
 ]

@@ -178,7 +178,7 @@ def _coprime_stride(length: int) -> int:
 def _observe_weights(model: nn.Module) -> dict[Quantizer, _Sample]:
     found = {}
     for layer in model.modules():
-        if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None:
+        if isinstance(layer, QuantLayer) and isinstance(layer.weight_quantizer, Quantizer):
             sample = found[layer.weight_quantizer] = _Sample(layer.weight_quantizer.spec)
             sample.add(layer.latent_weight)
     return found

@@ -78,12 +78,16 @@ class Evaluate:
         run_directory: the run directory.
         data: directory of the data set; the training's own if not given.
         integer: also evaluate its integer form, which is what a device computes.
+        bits: other bits to evaluate the trained network at, too, without training: W3 for the weights, W3A8 for both.
+        batch_norm: with --bits, re-estimate batch norm's statistics; else they stay as trained.
         as_json: print one JSON object.
     """
 
     run_directory: Annotated[Positional[Path], arg(name="run")]
     data: Path | None = None
     integer: bool = False
+    bits: tuple[str, ...] = ()
+    batch_norm: bool = False
     as_json: Annotated[bool, arg(name="json")] = False
 
     def run(self) -> None:
@@ -91,11 +95,18 @@ class Evaluate:
         from qtemper import pipeline
         from qtemper.run import RunDir
 
-        result = pipeline.evaluate_run(RunDir.open(self.run_directory), self.data, integer=self.integer)
+        run = RunDir.open(self.run_directory)
+        result = pipeline.evaluate_run(run, self.data, bits=self.bits, batch_norm=self.batch_norm)
+        if self.integer:
+            from qtemper import deploy
+
+            result["integer_top1"] = deploy.integer_top1(run, self.data)
         if self.as_json:
             print(json.dumps(result))
-        else:
-            print_result(result)
+            return
+        print_result(result)
+        for bits, top1 in result.get("top1_at", {}).items():
+            print(f"at {bits:<6} {top1:.2f}%")
 
 
 @dataclass(frozen=True)
@@ -118,14 +129,14 @@ class Export:
 
     def run(self) -> None:
         """Do it."""
-        from qtemper import pipeline
+        from qtemper import deploy
         from qtemper.data.images import optional_module
         from qtemper.run import RunDir
 
         for module in ("onnxscript", "onnxruntime"):
             optional_module(module, "export")
         run = RunDir.open(self.run_directory)
-        report = pipeline.export_run(run, self.out, target=self.target, data=self.data, images=self.images)
+        report = deploy.export_run(run, self.out, target=self.target, data=self.data, images=self.images)
         print(report.table())
 
 

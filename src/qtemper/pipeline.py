@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from qtemper.config import Experiment
 from qtemper.data import NORMALIZATIONS, Source, open_source
 from qtemper.errors import CheckpointError, ConfigError
 from qtemper.models import build
+from qtemper.policy import FLOAT_BITS
 from qtemper.prepare import prepare
 from qtemper.quantizer import quantizers
+from qtemper.requantize import requantize
 from qtemper.run import RunDir
 from qtemper.train import evaluate, fit
 from qtemper.train.processes import make_fabric, report_lost_process, share_state
@@ -182,60 +185,57 @@ def load_run(run: RunDir) -> tuple[Experiment, nn.Module]:
     return experiment, model
 
 
-def evaluate_run(run: RunDir, data: Path | None = None, *, integer: bool = False) -> dict[str, Any]:
+def evaluate_run(
+    run: RunDir, data: Path | None = None, *, bits: Sequence[str] = (), batch_norm: bool = False
+) -> dict[str, Any]:
     """Test accuracy of a run's network, in percent, with the recorded accuracies beside it.
 
     Args:
-        run: with a final network or a checkpoint.
-        data: the data set's directory.
-        integer: also that of its integer form, `integer_top1`: what a device computes.
+        run: the run.
+        data: the data set's directory; the training's own if not given.
+        bits: other bits to evaluate it at as well, `W3` or `W3A8`; see `at_bits`.
+        batch_norm: for `at_bits`.
     """
     experiment, model = load_run(run)
-    device = "cuda" if torch.cuda.is_available() and not integer else "cpu"
+    for text in bits:
+        experiment.policy.at(text)  # what cannot be read shows now
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     source = open_source(experiment.data, data or run.data_directory(), device)
-    result = {"run": str(run.path), "recipe": experiment.name, **run.read_result()}
-    result["top1"] = evaluate(model.to(device), source)
-    if integer:
-        from qtemper.export import integer_model
-
-        result["integer_top1"] = evaluate(integer_model(model, example_batch(experiment, source)), source)
+    model.to(device)
+    result = {"run": str(run.path), "recipe": experiment.name, **run.read_result(), "top1": evaluate(model, source)}
+    if bits:
+        others = (at_bits(experiment, model, source, text, batch_norm=batch_norm) for text in bits)
+        result["top1_at"] = {text: evaluate(other, source) for text, other in zip(bits, others, strict=True)}
     return result
 
 
-EXAMPLES = 256
-"""Calibration images that the 8-bit scales between layers are fitted to, on export."""
+def at_bits(
+    experiment: Experiment, trained: nn.Module, source: Source, bits: str, *, batch_norm: bool = False
+) -> nn.Module:
+    """A run's trained network at other bits, without training: see `requantize`.
 
-
-def example_batch(experiment: Experiment, source: Source) -> torch.Tensor:
-    """Real inputs for export, training images without augmentation."""
-    count = min(EXAMPLES, 32) if experiment.data.name == "imagenet" else EXAMPLES
-    return source.calibration_batches(count, 1, seed=experiment.seed)[0]
-
-
-def export_run(
-    run: RunDir, path: Path, *, target: str = "onnxruntime", data: Path | None = None, images: int | None = None
-) -> Any:
-    """Write a run's network as ONNX and prove what the file computes; a file that fails is not left behind.
+    A float network gets the calibrated grid of `ste`, and keeps its activations in float unless `bits` names them.
 
     Args:
-        run: with a final network or a checkpoint.
-        path: of the ONNX file; the report goes beside it, as `<path>.report.json`.
-        target: a name of `qtemper.export.targets.TARGETS`.
-        data: the data set's directory.
-        images: test images whose top-1 is compared; all if not given.
-
-    Returns:
-        The report, a `qtemper.export.verify.Report`.
-
-    Raises:
-        ExportError: the target cannot hold the model, or the file is not what the integer model computes.
+        experiment: the run's.
+        trained: its network, which stays as it is.
+        source: where calibration batches come from.
+        bits: `W3` for the weights, `W3A8` for activations, too; see `BitPolicy.at`.
+        batch_norm: re-estimate batch-norm statistics; else they stay as trained.
     """
-    from qtemper.export.proof import export_and_verify
-
-    experiment, model = load_run(run)
-    source = open_source(experiment.data, data or run.data_directory(), "cpu")
-    test = itertools.islice(source.test_batches(100), None if images is None else max(1, images // 100))
-    return export_and_verify(model, example_batch(experiment, source), path, target=target, test=test)
+    policy, settings = experiment.policy, experiment.calibration
+    if experiment.method is None:
+        policy = replace(policy, weight=FLOAT_BITS, activation=FLOAT_BITS)
+    return requantize(
+        trained,
+        build(experiment.model).to(next(trained.parameters()).device),
+        experiment.method or "ste",
+        policy.at(bits),
+        source.calibration_batches(settings.batch_size, settings.batches, seed=experiment.seed),
+        observer=settings.observer,
+        batch_norm=batch_norm,
+        seed=experiment.seed,
+    )
 
 
 def _check_fit(experiment: Experiment, source: Source) -> None:

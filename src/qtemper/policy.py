@@ -87,6 +87,17 @@ class BitPolicy:
             raise ConfigError(f"cannot read {text!r} as a bit policy; write it like 'W4A4' or 'W1A32'.")
         return cls(weight=int(match[1]), activation=int(match[2]))
 
+    def at(self, text: str) -> BitPolicy:
+        """This policy at other bits: `W3` changes the weights, `W3A8` both; first and last layer and rules stay.
+
+        Raises:
+            ConfigError: if the text has neither form.
+        """
+        match = re.fullmatch(r"[wW](\d+)(?:[aA](\d+))?", text)
+        if not match:
+            raise ConfigError(f"cannot read {text!r} as bits; write W3 for the weights, or W3A8 for both.")
+        return replace(self, weight=int(match[1]), activation=int(match[2] or self.activation))
+
 
 @dataclass(frozen=True)
 class Row:

@@ -94,6 +94,23 @@ def _build(method: Method, row: Row | None, layer: nn.Module) -> Quantizer | Non
     return Quantizer(spec, grid, rounding).to(weight.device)
 
 
+def latent_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of a prepared model without what its quantizers hold: it loads strictly into the float model.
+
+    These are the latent weights, and whatever else training has changed, such as batch norm's statistics.
+
+    Args:
+        model: any model; of a float one it is the whole state dict.
+
+    Returns:
+        Tensors by name, which share the model's memory as those of `state_dict` do.
+    """
+    # A layer that is registered under two names has its entries under both.
+    modules = model.named_modules(remove_duplicate=False)
+    inside = tuple(f"{name}." for name, module in modules if isinstance(module, Quantizer))
+    return {key: value for key, value in model.state_dict().items() if not key.startswith(inside)}
+
+
 def quantizer_table(model: nn.Module) -> str:
     """The quantizers of a prepared model as a table; `auto` grids show what calibration found."""
     rows = []

@@ -57,4 +57,5 @@ def from_planes(packed: NDArray[np.uint8], bits: int, shape: tuple[int, ...]) ->
     count = int(np.prod(shape))
     found = np.unpackbits(packed, axis=1, count=count, bitorder="little").astype(np.int16)
     total = (found << np.arange(bits, dtype=np.int16)[:, None]).sum(0) - 2 ** (bits - 1)
-    return total.astype(np.int8).reshape(shape)
+    codes: NDArray[np.int8] = total.astype(np.int8).reshape(shape)
+    return codes

@@ -128,6 +128,9 @@ class _Builder:
         grids = {self._grid(taker) for taker in takers}
         return grids.pop() if len(grids) == 1 else None
 
+    def _attribute(self, node: Any) -> Any:
+        return functools.reduce(getattr, str(node.target).split("."), self.old)
+
     # --- emission
 
     def _call(self, name: str, target: Any, args: tuple[Any, ...]) -> fx.Node:
@@ -183,7 +186,7 @@ class _Builder:
 
     def _copy(self, node: fx.Node) -> None:
         if node.op == "get_attr":
-            value = functools.reduce(getattr, str(node.target).split("."), self.old)
+            value = self._attribute(node)
             if isinstance(value, Tensor):
                 self._set(node, self._constant(str(node.target), value.detach().cpu()))
                 return
@@ -240,14 +243,12 @@ class _Builder:
         x, mark = node.args[0], node.args[1]
         assert isinstance(x, fx.Node) and isinstance(mark, fx.Node)  # noqa: PT018
         name, own = layer_of(mark), self.codes[x]
-        constants = {id(n): functools.reduce(getattr, str(n.target).split("."), self.old) for n in self.old.graph.nodes
-                     if n.op == "get_attr"}  # fmt: skip
         bias = argument(node, 2)
         folded = fold(
             name,
             self._weight(mark),
-            None if bias is None else constants[id(bias)],
-            [[None if a is None else constants[id(a)] for a in n.args[1:5]] + [argument(n, 8)] for n in chain.norms],
+            None if bias is None else self._attribute(bias),
+            [[None if a is None else self._attribute(a) for a in n.args[1:5]] + [argument(n, 8)] for n in chain.norms],
             own,
         )
         parts = {

@@ -132,10 +132,11 @@ def _average(x, x_scale: float, x_zero_point: int, scale: float, zero_point: int
 def _max_pool(  # type: ignore[no-untyped-def]
     x, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool
 ):
-    return op.MaxPool(
+    y, _ = op.MaxPool(
         x, kernel_shape=list(kernel), strides=list(stride), pads=[*padding, *padding], dilations=list(dilation),
         ceil_mode=int(ceil_mode),
     )  # fmt: skip
+    return y
 
 
 def _clamp(x, low: int, high: int):  # type: ignore[no-untyped-def]

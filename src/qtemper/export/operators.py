@@ -7,10 +7,12 @@ runtime does in float32 is done here in the same float32 operations, so the resu
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-_lib = torch.library.Library("qtemper_integer", "DEF")
+_lib: Any = torch.library.Library("qtemper_integer", "DEF")  # type: ignore[no-untyped-call]
 _GRID = "float scale, int zero_point, int low, int high"
 _INPUT = "Tensor x, float x_scale, int x_zero_point"
 _WEIGHT = "Tensor weight, Tensor weight_scale, Tensor bias, Tensor bias_scale, int bits"
@@ -214,6 +216,13 @@ def _average_shape(x: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-2], 1, 1))
 
 
+def _max_pool_shape(
+    x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
+) -> Tensor:
+    size = torch.nn.functional.max_pool2d(x.float(), kernel, stride, padding, dilation, ceil_mode).shape
+    return x.new_empty(size)
+
+
 for _function, _shape in (
     (quantize, _quantize_shape),
     (dequantize, _same_shape_real),
@@ -223,7 +232,7 @@ for _function, _shape in (
     (linear_real, _linear_real_shape),
     (add_codes, _same_shape),
     (average, _average_shape),
-    (max_pool, max_pool),
+    (max_pool, _max_pool_shape),
     (clamp_codes, _same_shape),
     (quant, _same_shape),
 ):

@@ -19,6 +19,7 @@ Our reading:
 - `block` is the number of weights, consecutive in memory, that share a scale ("sub-channel"); it must divide a
   channel's size, or a channel (without a channel axis: the tensor) has one scale.
 - In eval mode the scale's gradient is kept too, with round(v) - v for zeta.
+- `scale_gradient=False` is the paper's point taken away, for comparison: dL/dw = g, and outliers are pulled by nothing.
 """
 
 from __future__ import annotations
@@ -57,12 +58,22 @@ class NormGrid(Grid):
         num_channels: size of the channel axis.
         mode: `max` or `norm`.
         block: number of elements that share a scale, 0 for a channel or the tensor.
+        scale_gradient: whether the scale passes its gradient on to the tensor.
     """
 
-    def __init__(self, spec: QuantSpec, num_channels: int = 1, *, mode: ModeName = "max", block: int = 0) -> None:
+    def __init__(
+        self,
+        spec: QuantSpec,
+        num_channels: int = 1,
+        *,
+        mode: ModeName = "max",
+        block: int = 0,
+        scale_gradient: bool = True,
+    ) -> None:
         super().__init__(spec, num_channels)
         self.mode: ModeName = mode
         self.block = block
+        self.scale_gradient = scale_gradient
         # The fast path's integers have one step per channel. Levels of blocks have no common one, as with an offset.
         self.has_offset = block > 0
 
@@ -97,6 +108,8 @@ class NormGrid(Grid):
         """Real values of positions; `sum g * (value - v)` to the scale."""
         scale = self.scale(x)
         fixed = scale.detach()
+        if not self.scale_gradient:
+            return F.decode(value, fixed, self.codes)
         # The second term is zero. LSQ's formula would take the largest weight, which is on the bound, for clipped.
         return F.decode(value, fixed, self.codes) + (value - v).detach() * (scale - fixed)
 
@@ -136,12 +149,14 @@ class RAND(Method):
         block: number of weights that share a scale; 0: a channel or the tensor, as the policy says, and so it is where
             the block does not divide them (27 weights of an image's layer).
         start: progress before which weights stay as they are.
+        scale_gradient: whether the scale passes its gradient on to the weights; False only to compare with.
     """
 
     name: ClassVar[str] = "rand"
     mode: ModeName = "max"
     block: int = 0
     start: float = 0.0
+    scale_gradient: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,7 +169,7 @@ class RAND(Method):
         """The weights' own scale; for activations the learned step."""
         if kind == "activation":
             return LearnedStep(spec, num_channels, batched=True)
-        return NormGrid(spec, num_channels, mode=self.mode, block=self.block)
+        return NormGrid(spec, num_channels, mode=self.mode, block=self.block, scale_gradient=self.scale_gradient)
 
     def rounding(self, kind: TensorKind, spec: QuantSpec) -> Rounding:
         """Noise for weights; for activations straight through."""

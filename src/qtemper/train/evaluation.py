@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ def evaluate(model: nn.Module, source: Source, *, batch_size: int = 500, fabric:
     With several processes each sees its part of the batches.
     """
     fabric = fabric or make_fabric()
-    device = next(model.parameters()).device
+    device = next(itertools.chain(model.parameters(), model.buffers())).device  # an integer model has no parameters
     modes = {module: module.training for module in model.modules()}
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=device)

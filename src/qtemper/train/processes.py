@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from qtemper.counter import NoiseSource
 from qtemper.layers import QuantLayer
-from qtemper.quantizer import quantizers
+from qtemper.quantizer import Quantizer, quantizers
 
 
 class ProcessLostError(RuntimeError):
@@ -135,7 +135,7 @@ def add_up_statistics(model: nn.Module, fabric: Fabric) -> None:
         for buffer, part in zip(buffers, torch.split(total, [b.numel() for b in buffers]), strict=True):
             buffer.copy_(part)
         for layer in model.modules():
-            if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None:
+            if isinstance(layer, QuantLayer) and isinstance(layer.weight_quantizer, Quantizer):
                 for buffer in layer.weight_quantizer.rounding.statistics():
                     buffer.div_(fabric.world_size)
 
