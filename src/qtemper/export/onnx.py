@@ -2,7 +2,7 @@
 
 torch.onnx.export translates the graph of `integer.py`; the table here says what each of its operators becomes, so that
 a runtime's fused kernel computes what `operators.py` does. What is measured of runtimes, and why the graph looks as it
-does, is in docs/decisions/0012.
+does, is in docs/decisions/0011.
 """
 
 from __future__ import annotations
