@@ -52,15 +52,15 @@ def float_biases(model: ir.Model) -> None:
         bias = node.inputs[0] if node.op_type == "DequantizeLinear" else None
         if bias is None or bias.const_value is None or bias.const_value.dtype != ir.DataType.INT32:
             continue
-        scale = node.inputs[1]
-        assert scale is not None and scale.const_value is not None  # noqa: PT018
-        real = bias.const_value.numpy().astype(np.float32) * scale.const_value.numpy()
+        product = node.inputs[1].producer()  # type: ignore[union-attr]
+        assert product is not None
+        scale = [value.const_value.numpy() for value in product.inputs]  # type: ignore[union-attr]
+        real = bias.const_value.numpy().astype(np.float32) * (scale[0] * scale[1])
         value = _Packer(model, node, bias).initializer("_float", real)
         node.outputs[0].replace_all_uses_with(value)
         model.graph.remove(node, safe=True)
-        for unused in (bias, scale):
-            if not unused.uses():
-                model.graph.initializers.pop(unused.name)  # type: ignore[arg-type]
+        model.graph.remove(product, safe=True)
+        model.graph.initializers.pop(bias.name)  # type: ignore[arg-type]
 
 
 def _pack(packer: _Packer, codes: NDArray[np.int8], int2: bool) -> bool:
