@@ -132,6 +132,18 @@ def test_other_networks(build, policy, size, tmp_path):
     assert sum(c.wrong for c in report.counts if c.runtime == "onnxruntime") == 0
 
 
+def test_linear_layers_on_sequences(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 5))
+    x = torch.randn(4, 7, 12)
+    qtemper.prepare(model, "lsq", BitPolicy(4, 4, "8bit"))
+    qtemper.calibrate(model, [x])
+    report = export_and_verify(model.eval(), x, tmp_path / "m.onnx", rounds=0)
+    assert report.kernels == (3, 3)
+    with torch.no_grad():
+        assert (integer_model(model, x)(x) - model(x)).abs().max() < 0.02 * model(x).abs().max()
+
+
 def test_weights_alone_leave_activations_in_float(tmp_path):
     x = images()
     model = prepared(ResNetCifar(8), BitPolicy(2, 32, "float"), x)

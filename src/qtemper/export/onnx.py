@@ -71,8 +71,9 @@ def _quantized(y: Any, signed: bool, scale: float, zero_point: int, low: int, hi
     return q
 
 
-def _real(x: Any, scale: float, zero_point: int) -> Any:
-    return op.DequantizeLinear(x, _float(scale), _number(zero_point, _signed(x)))
+def _real(x: Any, scale: float, zero_point: int, *, signed: bool | None = None) -> Any:
+    kind = _signed(x) if signed is None else signed
+    return op.DequantizeLinear(x, _float(scale), _number(zero_point, kind))
 
 
 def _bias(bias: Any, weight_scale: Any, x_scale: float) -> Any:
@@ -81,8 +82,20 @@ def _bias(bias: Any, weight_scale: Any, x_scale: float) -> Any:
 
 
 def _gemm(x: Any, x_scale: float, x_zero_point: int, weight: Any, weight_scale: Any, bias: Any) -> Any:
-    weight = op.DequantizeLinear(weight, weight_scale, axis=0)
-    return op.Gemm(_real(x, x_scale, x_zero_point), weight, _bias(bias, weight_scale, x_scale), transB=1)
+    """Of any rank: Gemm wants matrices, and only Gemm takes an int32 bias into the integer kernel."""
+    matrix = len(x.shape) == 2
+    rows = x if matrix else op.Reshape(x, _integers([-1, int(x.shape[-1])]))
+    real = _real(rows, x_scale, x_zero_point, signed=_signed(x))
+    reals = op.DequantizeLinear(weight, weight_scale, axis=0)
+    y = op.Gemm(real, reals, _bias(bias, weight_scale, x_scale), transB=1)
+    if matrix:
+        return y
+    outer = op.Shape(x, start=0, end=len(x.shape) - 1)
+    return op.Reshape(y, op.Concat(outer, _integers([int(weight.shape[0])]), axis=0))
+
+
+def _integers(values: list[int]) -> Any:
+    return op.Constant(value=onnx.helper.make_tensor("", onnx.TensorProto.INT64, [len(values)], values))
 
 
 # What each operator becomes; torch.onnx reads the annotations, and leaves tensors without one.

@@ -113,7 +113,15 @@ def part(model: onnx.ModelProto, output: str, kind: int) -> tuple[onnx.ModelProt
             is_data = node.op_type == "DequantizeLinear" and position == 0 and not _constant(name, made_by, constants)
             if is_data:
                 entry = name
-            else:
+                before = made_by.get(name)
+                # A linear layer on sequences reshapes its codes, and the result by the shape that they had.
+                if (
+                    before is not None
+                    and before.op_type == "Reshape"
+                    and _constant(before.input[1], made_by, constants)
+                ):
+                    kept[name], entry = before, before.input[0]
+            elif node.op_type != "Shape":
                 wanted.append(name)
     nodes = [node for node in model.graph.node if node.output[0] in kept]
     used = {name for node in nodes for name in node.input}
