@@ -20,7 +20,7 @@ LAYERS = [
     {"quantizer"},
     {"fast"},
     {"methods", "layers", "progress"},
-    {"policy", "prepare", "calibrate", "curvature", "models", "data"},
+    {"policy", "stages", "prepare", "calibrate", "curvature", "models", "data"},
     {"train"},
     {"config"},
     {"run"},

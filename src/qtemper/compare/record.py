@@ -27,6 +27,7 @@ class Record:
         run: which run.
         state: `waiting` (nothing there), `started`, `done`, `diverged` (NaN: it counts as a result), or `failed`.
         epochs: the epoch lines of its metrics.
+        stage_epochs: how many epochs its stages have behind them.
         result: its `result.json`.
         environment: its `environment.json`.
         outcome: what the scheduler noted.
@@ -35,6 +36,7 @@ class Record:
     run: Run
     state: State
     epochs: list[dict[str, Any]] = field(default_factory=list)
+    stage_epochs: int = 0
     result: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     outcome: dict[str, Any] = field(default_factory=dict)
@@ -42,7 +44,8 @@ class Record:
     @property
     def progress(self) -> float:
         """Finished part of the training, 0 to 1."""
-        return 1.0 if self.state in ("done", "diverged") else len(self.epochs) / self.run.experiment.train.epochs
+        done = self.stage_epochs + len(self.epochs)
+        return 1.0 if self.state in ("done", "diverged") else done / self.run.experiment.total_epochs
 
     def line(self) -> dict[str, Any]:
         """The run as plain data for a line of JSON."""
@@ -80,7 +83,13 @@ def read(run: Run, root: Path) -> Record:
     elif outcome.get("state") in ("diverged", "failed"):
         state = outcome["state"]
     return Record(
-        run, state, _epochs(directory / "metrics.jsonl"), result, _json(directory / "environment.json"), outcome
+        run,
+        state,
+        _epochs(directory / "metrics.jsonl"),
+        sum(len(_epochs(path)) for path in directory.glob("stages/*/metrics.jsonl")),
+        result,
+        _json(directory / "environment.json"),
+        outcome,
     )
 
 
