@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from qtemper import pipeline
+from qtemper.cli import print_result
 from qtemper.compare.grid import Arm, make_runs
 from qtemper.compare.record import read
 from qtemper.config import from_json, override, to_json
 from qtemper.data import open_source
-from qtemper.errors import ConfigError
+from qtemper.errors import CheckpointError, ConfigError
 from qtemper.recipes import get_recipe
 from qtemper.run import RunDir
 from qtemper.stages import Stage
@@ -73,6 +74,8 @@ def test_killed_inside_the_second_stage(experiment, alone, tmp_path):
     assert run.stage("W8A8").finished
     assert [path.name for path in run.stage("W4A4").checkpoints.glob("step-*")] == [f"step-{STEPS:08d}"]
     assert not run.checkpoints.exists()
+    with pytest.raises(CheckpointError, match="still in its stages"):
+        pipeline.load_run(run)
     pipeline.train(experiment, run, resume=True)
     assert same_weights(run, alone)
     assert run.read_result() == alone.read_result()
@@ -118,7 +121,7 @@ def test_a_stage_starts_from_the_latent_weights_of_the_one_before(experiment, al
     assert float(starts[3][scale].detach()) > float(starts[2][scale].detach())  # calibrated for 2 bits, not 4
 
 
-def test_each_stage_is_a_complete_run_and_in_the_result(experiment, alone):
+def test_each_stage_is_a_complete_run_and_in_the_result(experiment, alone, capsys):
     result = alone.read_result()
     assert [(stage["bits"], stage["epochs"]) for stage in result["stages"]] == [("W8A8", 1), ("W4A4", 2)]
     for stage, bits in zip(result["stages"], (8, 4), strict=True):
@@ -126,6 +129,8 @@ def test_each_stage_is_a_complete_run_and_in_the_result(experiment, alone):
         assert (own.policy.weight, own.policy.first_last, own.stages) == (bits, experiment.policy.first_last, ())
         assert evaluate(model, open_source(own.data)) == stage["top1"]
         assert stage["float_top1"] == result["float_top1"]  # the float network's, not the latent weights'
+    print_result(result)
+    assert capsys.readouterr().out.split()[1:7] == ["float", "W8A8", "W4A4", "after", "calibration", "after"]
     assert from_json(to_json(experiment)) == experiment
     assert experiment.total_epochs == 5
 

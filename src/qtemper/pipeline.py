@@ -138,10 +138,10 @@ def _run(
         stages = []
         for stage in experiment.stages:
             part = run.stage(stage.name)
-            finished, begun = part.finished, (part.path / "config.json").exists()
+            done = part.read_result() if part.finished else None
+            begun = (part.path / "config.json").exists()
             fabric.barrier()  # nobody writes there before all have looked
-            found = part.read_result() if finished else None
-            result = found or _run(_of_stage(experiment, stage), part, source, fabric, data, start, begun)
+            result = done or _run(_of_stage(experiment, stage), part, source, fabric, data, start, begun)
             stages.append({"bits": stage.name, "epochs": stage.epochs, **result})
             start = _Start(run.stage(experiment.stages[0].name).float_weights, part.final)
         model = _float_network(experiment, start.init).to(fabric.device)
@@ -233,6 +233,10 @@ def load_run(run: RunDir) -> tuple[Experiment, nn.Module]:
         CheckpointError: the run has neither, or it is damaged.
     """
     experiment = run.experiment()
+    if experiment.stages and not run.final.exists() and not run.checkpoints.is_dir():
+        raise CheckpointError(
+            f"{run.path} is still in its stages; continue it with --resume, or name one of {run.path / 'stages'}."
+        )
     model = build_model(experiment)
     if run.final.exists():
         load_strictly(model, read_safetensors(run.final), run.final)
