@@ -50,7 +50,7 @@ def cifar(data: DataName, arch: Arch, bits: str | None, method: str | None) -> E
 
 
 def small_fit(bits: str | None, method: str | None) -> Experiment:
-    """The reduced network in the small protocol, `fit`; in float32, because depthwise bf16 is slow on CPUs."""
+    """The reduced network in the small protocol, `fit`, in float32: a CPU without bf16 is ten times slower in it."""
     experiment = small("fit", bits, method)
     experiment = replace(
         experiment,

@@ -224,13 +224,8 @@ class _Trainer:
         else:
             self.log.truncate(0)
         self.advance()
-        compiled: Callable[[Tensor], Tensor] = state.model
-        if config.compile:
-            # As in a process that compiles nothing before, which a resumed run is: else sizes become dynamic, and sums
-            # get other last bits.
-            torch.compiler.reset()
-            compiled = torch.compile(state.model, fullgraph=True)
-        self.forward = compiled
+        compiled = torch.compile(state.model, fullgraph=True) if config.compile else state.model
+        self.forward: Callable[[Tensor], Tensor] = compiled
         if self.fabric.world_size > 1:
             assert isinstance(compiled, nn.Module)
             # Fabric would compile the wrapper anew, with its graph breaks; the network inside is compiled already.
