@@ -27,19 +27,19 @@ class Record:
         run: which run.
         state: `waiting` (nothing there), `started`, `done`, `diverged` (NaN: it counts as a result), or `failed`.
         epochs: the epoch lines of its metrics.
-        stage_epochs: how many epochs its stages have behind them.
         result: its `result.json`.
         environment: its `environment.json`.
         outcome: what the scheduler noted.
+        stage_epochs: how many epochs its stages have behind them.
     """
 
     run: Run
     state: State
     epochs: list[dict[str, Any]] = field(default_factory=list)
-    stage_epochs: int = 0
     result: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     outcome: dict[str, Any] = field(default_factory=dict)
+    stage_epochs: int = 0
 
     @property
     def progress(self) -> float:
@@ -86,10 +86,10 @@ def read(run: Run, root: Path) -> Record:
         run,
         state,
         _epochs(directory / "metrics.jsonl"),
-        sum(len(_epochs(path)) for path in directory.glob("stages/*/metrics.jsonl")),
         result,
         _json(directory / "environment.json"),
         outcome,
+        sum(len(_epochs(path)) for path in directory.glob("stages/*/metrics.jsonl")),
     )
 
 
