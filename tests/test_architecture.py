@@ -20,7 +20,7 @@ LAYERS = [
     {"quantizer"},
     {"fast"},
     {"methods", "layers", "progress"},
-    {"policy", "prepare", "calibrate", "requantize", "curvature", "models", "data"},
+    {"policy", "stages", "prepare", "calibrate", "requantize", "curvature", "models", "data"},
     {"train"},
     {"export"},
     {"config"},

@@ -49,7 +49,7 @@ def test_it_hardens_and_ends_as_lsq_to_the_bit():
 
 
 def test_codes_stay_and_the_round_is_continuous():
-    rounding = PQDE(sharpness=Constant(8.0)).rounding("weight", QuantSpec(4))
+    rounding = PQDE(sharpness=Constant(8.0), gradient="soft").rounding("weight", QuantSpec(4))
     v = torch.arange(-8.0, 8.0)
     assert torch.equal(rounding(v), v)
     assert torch.allclose(rounding(v - 1e-6), v, atol=1e-5)  # slope below 1 at a code
@@ -58,3 +58,12 @@ def test_codes_stay_and_the_round_is_continuous():
 def test_sharpness_has_to_be_positive():
     with pytest.raises(ValueError, match="above 0"):
         PQDE(sharpness=Constant(0.0))
+
+
+@pytest.mark.parametrize(("k", "square"), [(6.0, 1.49), (20.0, 3.63)])
+def test_the_soft_gradient_has_mean_1_and_a_mean_square_that_depth_would_multiply(k, square):
+    rounding = PQDE(sharpness=Constant(k), gradient="soft").rounding("activation", QuantSpec(4))
+    v = (torch.arange(10_000, dtype=torch.float64) / 1000 + 5e-4).requires_grad_()  # evenly over ten bins
+    rounding(v).sum().backward()
+    assert float(v.grad.mean()) == pytest.approx(1.0, abs=1e-4)
+    assert float(v.grad.square().mean()) == pytest.approx(square, abs=5e-3)

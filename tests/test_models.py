@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qtemper import data
+from qtemper import data, prepare
 from qtemper.data import NORMALIZATIONS, Split
 from qtemper.models import ModelConfig, ResNetCifar, SmallConvNet, build
 from qtemper.models.resnet_cifar import PadShortcut
@@ -65,6 +65,23 @@ def test_resnets_have_the_papers_size(arch: Any, parameters: int) -> None:
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert len(convolutions) + 1 == int(arch.removeprefix("resnet"))
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+# The paper's 3.5M less the thousand outputs; a stride has no parameters. Ours, counted by hand, layer by layer.
+@pytest.mark.parametrize(
+    ("arch", "parameters", "depthwise", "side"),
+    [("mobilenet_v2_cifar", 2_236_682, 17, 4), ("mobilenet_v2_reduced", 115_242, 7, 8)],
+)
+def test_mobilenets_for_small_images(arch: Any, parameters: int, depthwise: int, side: int) -> None:
+    model = build(ModelConfig(arch=arch))
+    assert num_parameters(model) == parameters
+    x = torch.zeros(2, 3, 32, 32)
+    assert model.features(x).shape[2:] == (side, side)
+    assert model(x).shape == (2, 10)
+    prepare(model, "pqde", "W4A4")
+    grouped = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    assert len(grouped) == depthwise
+    assert all(m.weight_quantizer.spec.bits == m.act_quantizer.spec.bits == 4 for m in grouped)
 
 
 @pytest.mark.parametrize("shortcut", ["pad", "conv"])

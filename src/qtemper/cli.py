@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from qtemper.errors import ConfigError
 
@@ -162,7 +162,7 @@ class Recipes:
             print(f"{path} = {json.dumps(value)}")
 
 
-def print_result(result: dict[str, object]) -> None:
+def print_result(result: dict[str, Any]) -> None:
     """The accuracies side by side."""
     columns = [
         ("float_top1", "float"),
@@ -171,6 +171,8 @@ def print_result(result: dict[str, object]) -> None:
         ("integer_top1", "in integers"),
     ]
     shown = [(label, f"{result[key]:.2f}%") for key, label in columns if key in result]
+    stages = [(stage["bits"], f"{stage['top1']:.2f}%") for stage in result.get("stages", [])]
+    shown = [*shown[:1], *stages, *shown[1:]]
     widths = [max(len(a), len(b)) for a, b in shown]
     print("top-1   " + "   ".join(label.rjust(w) for (label, _), w in zip(shown, widths, strict=True)))
     print("        " + "   ".join(value.rjust(w) for (_, value), w in zip(shown, widths, strict=True)))

@@ -19,6 +19,7 @@ from qtemper.models import ModelConfig
 from qtemper.policy import BitPolicy
 from qtemper.quantizer import Method
 from qtemper.schedules import Schedule
+from qtemper.stages import Stage, check_stages
 from qtemper.train import TrainConfig
 
 
@@ -54,6 +55,8 @@ class Experiment:
         model: architecture.
         method: quantization method; None trains the float network.
         policy: bits by layer.
+        stages: higher bits that are trained first, falling, each from the weights of the one before (PQDE's progressive
+            schedule, for any method); `train` says how, but for the epochs. Empty trains the policy's bits at once.
         calibration: how scales are found.
         train: how the network is trained.
         float_train: how to train the float network first when no --init is given; None makes --init required.
@@ -65,6 +68,7 @@ class Experiment:
     model: ModelConfig
     method: Method | None = None
     policy: BitPolicy = BitPolicy()
+    stages: tuple[Stage, ...] = ()
     calibration: CalibrationConfig = CalibrationConfig()
     train: TrainConfig = field(default_factory=TrainConfig)
     float_train: TrainConfig | None = None
@@ -73,6 +77,14 @@ class Experiment:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be 0 or more and below 2**63, got {self.seed}.")
+        if self.stages and self.method is None:
+            raise ConfigError("stages are of quantized training, and there is no method; set method, or stages=[].")
+        check_stages(self.stages, self.policy)
+
+    @property
+    def total_epochs(self) -> int:
+        """Passes over the training images in all stages and the training after them, without the float network's."""
+        return self.train.epochs + sum(stage.epochs for stage in self.stages)
 
 
 _SCHEDULES: dict[str, type[Any]] = {

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from qtemper.prepare import prepare
 from qtemper.quantizer import quantizers
 from qtemper.requantize import requantize
 from qtemper.run import RunDir
+from qtemper.stages import Stage
 from qtemper.train import evaluate, fit
 from qtemper.train.processes import make_fabric, report_lost_process, share_state
 from qtemper.train.state import load_model, load_strictly, read_safetensors
+from qtemper.train.weights import without_quantizers
 
 
 def build_model(experiment: Experiment) -> nn.Module:
@@ -56,21 +58,45 @@ def train(
         resume: continue the run.
 
     Returns:
-        Accuracies in percent: `float_top1`, `calibrated_top1`, `top1`.
+        Accuracies in percent: `float_top1`, `calibrated_top1`, `top1`; with stages also `stages`, a list of the same.
 
     Raises:
         ValueError: any bad input; the message names the remedy.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after a checkpoint.
         ProcessLostError: another process died or did not answer in time.
     """
-    continues = resume and run.checkpoints.is_dir()
-    if resume and not continues and init is None and run.float_weights.exists():
-        init = run.float_weights  # stopped between the float network and the first checkpoint
+    start = run.stage(experiment.stages[0].name) if experiment.stages else run
+    continues = resume and start.checkpoints.is_dir()
+    if resume and not continues and init is None and start.float_weights.exists():
+        init = start.float_weights  # stopped between the float network and the first checkpoint
     if not continues and experiment.method is not None and init is None and experiment.float_train is None:
         raise ConfigError(
             f"{experiment.name} starts from a float network: give one with --init FLOAT.safetensors "
             f"(a float recipe's final.safetensors, for instance)."
         )
+    _check_bits(experiment, init)
+    with report_lost_process(experiment.train.timeout):
+        fabric = make_fabric(timeout=experiment.train.timeout)
+        source = open_source(experiment.data, data, fabric.device)
+        _check_fit(experiment, source)
+        return _run(experiment, run, source, fabric, data, _Start(init), resume)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a training begins with.
+
+    Attributes:
+        init: the float network, or None: train it.
+        warm: the quantized network of the stage before, whose weights and batch norm replace the float network's.
+    """
+
+    init: Path | None
+    warm: Path | None = None
+
+
+def _float_network(experiment: Experiment, init: Path | None) -> nn.Module:
+    """The float network with the weights of `init`, or random ones."""
     torch.manual_seed(experiment.seed)
     model = build(experiment.model)
     if init is not None:
@@ -78,22 +104,32 @@ def train(
         for name, tensor in model.state_dict().items():
             if not torch.isfinite(tensor).all():
                 raise CheckpointError(f"{name} in {init} has NaN or infinite values; give sound weights.")
-    if experiment.method is not None:
-        trial = prepare(copy.deepcopy(model), experiment.method, experiment.policy)  # what is wrong shows now
+    return model
+
+
+def _check_bits(experiment: Experiment, init: Path | None) -> None:
+    """Whether `init` fits, and the policy can be applied to it, in every stage."""
+    model = _float_network(experiment, init)
+    if experiment.method is None:
+        return
+    for policy in (*(stage.policy(experiment.policy) for stage in experiment.stages), experiment.policy):
+        trial = prepare(copy.deepcopy(model), experiment.method, policy)
         if not any(True for _ in quantizers(trial)):
             raise ConfigError(
                 "the policy leaves every layer in float; set policy.weight or policy.activation to 1 to 8."
             )
-    with report_lost_process(experiment.train.timeout):
-        return _train_on_all_processes(experiment, run, model, data, init is not None, resume)
 
 
-def _train_on_all_processes(
-    experiment: Experiment, run: RunDir, model: nn.Module, data: Path | None, initialised: bool, resume: bool
+def _run(
+    experiment: Experiment,
+    run: RunDir,
+    source: Source,
+    fabric: Fabric,
+    data: Path | None,
+    start: _Start,
+    resume: bool,
 ) -> dict[str, Any]:
-    fabric = make_fabric(timeout=experiment.train.timeout)
-    source = open_source(experiment.data, data, fabric.device)
-    _check_fit(experiment, source)
+    """A run directory from its creation to its result, with those of its stages inside."""
     recorded = run.read_result() if resume else {}
     first = fabric.is_global_zero
     with run.lock() if first else contextlib.nullcontext():
@@ -102,13 +138,33 @@ def _train_on_all_processes(
                 run.create(experiment, data)
             print(f"run directory: {run.path}")
         fabric.barrier()
-        trained = _train(experiment, run, model.to(fabric.device), source, fabric, initialised, resume)
-        result = recorded | trained
+        stages = []
+        for stage in experiment.stages:
+            part = run.stage(stage.name)
+            done = part.read_result() if part.finished else None
+            begun = (part.path / "config.json").exists()
+            fabric.barrier()  # nobody writes there before all have looked
+            result = done or _run(_of_stage(experiment, stage), part, source, fabric, data, start, begun)
+            stages.append({"bits": stage.name, "epochs": stage.epochs, **result})
+            start = _Start(run.stage(experiment.stages[0].name).float_weights, part.final)
+        model = _float_network(experiment, start.init).to(fabric.device)
+        trained = _train(experiment, run, model, source, fabric, start, resume)
+        result = recorded | ({"stages": stages} if stages else {}) | trained
         if first:
             run.write_final(model, experiment)
             run.write_result(result)
         fabric.barrier()
     return result
+
+
+def _of_stage(experiment: Experiment, stage: Stage) -> Experiment:
+    """The experiment that a stage is: its bits and epochs, nothing after it."""
+    return replace(
+        experiment,
+        policy=stage.policy(experiment.policy),
+        stages=(),
+        train=replace(experiment.train, epochs=stage.epochs),
+    )
 
 
 def _train(
@@ -117,7 +173,7 @@ def _train(
     model: nn.Module,
     source: Source,
     fabric: Fabric,
-    initialised: bool,
+    start: _Start,
     resume: bool,
 ) -> dict[str, Any]:
     options: dict[str, Any] = {"seed": experiment.seed, "fabric": fabric}
@@ -129,17 +185,19 @@ def _train(
         teacher = _teacher_of(run, experiment)
         prepare(model, experiment.method, experiment.policy, seed=experiment.seed)
     else:
-        if experiment.float_train is not None and not initialised:
+        if experiment.float_train is not None and start.init is None:
             fit(model, source, experiment.float_train, title="float", **options)
         teacher = copy.deepcopy(model) if experiment.train.loss.distillation > 0 else None
-        result = _quantize(experiment, run, model, source, fabric)
+        result = _quantize(experiment, run, model, source, fabric, start.warm)
         resume = False
     title = experiment.method.name
     fit(model, source, experiment.train, out=run.path, resume=resume, teacher=teacher, title=title, **options)
     return result | {"top1": evaluate(model, source, fabric=fabric)}
 
 
-def _quantize(experiment: Experiment, run: RunDir, model: nn.Module, source: Source, fabric: Fabric) -> dict[str, Any]:
+def _quantize(
+    experiment: Experiment, run: RunDir, model: nn.Module, source: Source, fabric: Fabric, warm: Path | None
+) -> dict[str, Any]:
     """Prepare and calibrate the float network; all processes do the same, and the first one's result is everyone's."""
     assert experiment.method is not None
     # One memory format, whether the network was trained just now or loaded: sums round differently in another.
@@ -149,6 +207,8 @@ def _quantize(experiment: Experiment, run: RunDir, model: nn.Module, source: Sou
     if fabric.is_global_zero:
         run.write_float(model)
         print(f"float network: {result['float_top1']:.2f}% top-1")
+    if warm is not None:
+        load_strictly(model, without_quantizers(read_safetensors(warm)), warm)
     prepare(model, experiment.method, experiment.policy, seed=experiment.seed)
     settings = experiment.calibration
     batches = source.calibration_batches(settings.batch_size, settings.batches, seed=experiment.seed)
@@ -176,6 +236,10 @@ def load_run(run: RunDir) -> tuple[Experiment, nn.Module]:
         CheckpointError: the run has neither, or it is damaged.
     """
     experiment = run.experiment()
+    if experiment.stages and not run.final.exists() and not run.checkpoints.is_dir():
+        raise CheckpointError(
+            f"{run.path} is still in its stages; continue it with --resume, or name one of {run.path / 'stages'}."
+        )
     model = build_model(experiment)
     if run.final.exists():
         load_strictly(model, read_safetensors(run.final), run.final)

@@ -40,7 +40,8 @@ class RunDir:
     | `metrics.jsonl` | one JSON object every few steps and one an epoch |
     | `float.safetensors` | the float network that quantization started from |
     | `checkpoints/` | see `qtemper.train.state` |
-    | `result.json` | float, calibrated and trained accuracy |
+    | `result.json` | float, calibrated and trained accuracy; those of the stages |
+    | `stages/W8A8/` ... | a run directory for each stage of a progressive schedule |
     | `final.safetensors` | the trained network, its experiment in the metadata |
     | `.lock` | held by the process that trains into the directory; gone when it ends |
     """
@@ -148,6 +149,15 @@ class RunDir:
     def float_weights(self) -> Path:
         """The float network that quantization started from."""
         return self.path / "float.safetensors"
+
+    def stage(self, name: str) -> RunDir:
+        """The run of a stage."""
+        return RunDir(self.path / "stages" / name)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the trained network and its accuracy are there."""
+        return self.final.exists() and "top1" in self.read_result()
 
     def experiment(self) -> Experiment:
         """The experiment in `config.json`.

@@ -51,11 +51,13 @@ class Run:
 
     @property
     def config_hash(self) -> str:
-        """Of everything in the experiment but its name."""
+        """Of everything in the experiment but its name, and but stages where there are none."""
         data = {key: value for key, value in to_dict(self.experiment).items() if key != "name"}
         for (part, field), default in YOUNGER.items():
             if data[part][field] == default:
                 del data[part][field]
+        if not data["stages"]:  # as before there was such a field: comparisons of that time go on
+            del data["stages"]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
     @property

@@ -31,6 +31,7 @@ class Record:
         result: its `result.json`.
         environment: its `environment.json`.
         outcome: what the scheduler noted.
+        stage_epochs: how many epochs its stages have behind them.
     """
 
     run: Run
@@ -39,6 +40,7 @@ class Record:
     result: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     outcome: dict[str, Any] = field(default_factory=dict)
+    stage_epochs: int = 0
 
     @property
     def ended(self) -> bool:
@@ -48,7 +50,8 @@ class Record:
     @property
     def progress(self) -> float:
         """Finished part of the training, 0 to 1."""
-        return 1.0 if self.state in ("done", "diverged") else len(self.epochs) / self.run.experiment.train.epochs
+        done = self.stage_epochs + len(self.epochs)
+        return 1.0 if self.state in ("done", "diverged") else done / self.run.experiment.total_epochs
 
     def line(self) -> dict[str, Any]:
         """The run as plain data for a line of JSON."""
@@ -87,7 +90,13 @@ def read(run: Run, root: Path) -> Record:
     elif gave_up:
         state = outcome["state"]
     return Record(
-        run, state, _epochs(directory / "metrics.jsonl"), result, _json(directory / "environment.json"), outcome
+        run,
+        state,
+        _epochs(directory / "metrics.jsonl"),
+        result,
+        _json(directory / "environment.json"),
+        outcome,
+        sum(len(_epochs(path)) for path in directory.glob("stages/*/metrics.jsonl")),
     )
 
 

@@ -26,8 +26,8 @@ def status(records: list[Record], jobs: int) -> str:
     lines = [", ".join(f"{n} {state}" for state, n in counts.items() if n or state == "done") + f" of {len(records)}"]
     for r in records:
         if r.state == "started":
-            epochs = r.run.experiment.train.epochs
-            lines.append(f"under way: {r.run.arm.label}, seed {r.run.seed}, epoch {len(r.epochs)} of {epochs}")
+            done, epochs = r.stage_epochs + len(r.epochs), r.run.experiment.total_epochs
+            lines.append(f"under way: {r.run.arm.label}, seed {r.run.seed}, epoch {done} of {epochs}")
         if r.state == "failed":
             lines.append(f"failed: {r.run.arm.label}, seed {r.run.seed}: {r.outcome.get('message')}")
     seconds = [float(r.outcome["seconds"]) for r in records if r.state == "done" and r.outcome.get("seconds")]

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from qtemper.errors import nearest
-from qtemper.models.mobilenet import MobileNetV1, MobileNetV2
+from qtemper.models.mobilenet import LAYOUTS, MobileNetV1, MobileNetV2
 from qtemper.models.resnet import ResNet
 from qtemper.models.resnet_cifar import ResNetCifar
 from qtemper.models.small import SmallConvNet
@@ -26,7 +26,8 @@ class ModelConfig:
 
     Attributes:
         arch: `resnet20` .. `resnet56` are `ResNetCifar`, `small` is `SmallConvNet`; for ImageNet `resnet18`,
-            `resnet34` and `resnet50` are `ResNet`, `mobilenet_v1` and `mobilenet_v2` what they say.
+            `resnet34` and `resnet50` are `ResNet`, `mobilenet_v1` and `mobilenet_v2` what they say;
+            `mobilenet_v2_cifar` and the smaller `mobilenet_v2_reduced` are for images of 32x32 and less.
         num_classes: outputs.
         shortcut: `ResNetCifar` only: "pad" or "conv"; a float checkpoint needs its own.
         bn_before_classifier: `ResNetCifar` only: a batch norm before the classifier, as in EWGS.
@@ -44,6 +45,8 @@ class ModelConfig:
         "resnet50",
         "mobilenet_v1",
         "mobilenet_v2",
+        "mobilenet_v2_cifar",
+        "mobilenet_v2_reduced",
     ] = "resnet20"
     num_classes: int = 10
     shortcut: Literal["pad", "conv"] = "pad"
@@ -77,13 +80,14 @@ def _build_other(config: ModelConfig) -> nn.Module:
         return ResNet(_IMAGENET_DEPTHS[config.arch], config.num_classes, in_channels=config.in_channels)
     if config.arch == "mobilenet_v1":
         return MobileNetV1(config.num_classes, in_channels=config.in_channels)
-    if config.arch == "mobilenet_v2":
-        return MobileNetV2(config.num_classes, in_channels=config.in_channels)
+    if config.arch in LAYOUTS:
+        return MobileNetV2(config.num_classes, in_channels=config.in_channels, layout=LAYOUTS[config.arch])
     raise ValueError(f"unknown arch {config.arch!r}; {_nearest_arch(config.arch)}")
 
 
 def _nearest_arch(name: str) -> str:
-    small, large = [*_DEPTHS, "small"], [*_IMAGENET_DEPTHS, "mobilenet_v1", "mobilenet_v2"]
+    small = [*_DEPTHS, "small", "mobilenet_v2_cifar", "mobilenet_v2_reduced"]
+    large = [*_IMAGENET_DEPTHS, "mobilenet_v1", "mobilenet_v2"]
     hint = nearest(name, [*small, *large])
     if not hint.startswith("known"):
         return hint

@@ -1,4 +1,4 @@
-"""MobileNetV1 and MobileNetV2 for ImageNet: depthwise-separable convolutions, ReLU6.
+"""MobileNetV1 and MobileNetV2 for ImageNet, and V2 for small images: depthwise-separable convolutions, ReLU6.
 
 | network | paper | keys and maths of |
 |---|---|---|
@@ -6,7 +6,8 @@
 | V2 | Sandler et al., "MobileNetV2", CVPR 2018, table 2 | torchvision's: `features.N`, `classifier.1` |
 
 Both load with `strict=True`. V1 differs from V2 in what its checkpoint was trained with: batch norm has eps 1e-3, and
-a stride-2 convolution pads right and bottom alone, as TensorFlow's SAME does for images with even sides.
+a stride-2 convolution pads right and bottom alone, as TensorFlow's SAME does for images with even sides. `LAYOUTS` has
+V2's forms for images of 32x32 and less.
 
 Initialisation: convolutions normal of variance 2 / fan-out (He et al., ICCV 2015), the classifier normal of standard
 deviation 0.01, as in torchvision.
@@ -14,6 +15,7 @@ deviation 0.01, as in torchvision.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import final
 
 import torch.nn.functional as F
@@ -25,11 +27,45 @@ _V1_BLOCKS = (
 )
 """Output channels and stride of each depthwise-separable block."""
 
-_V2_STAGES = (
-    *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
-    *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
-)
-"""Expansion, output channels, number of blocks and stride of the first: the paper's t, c, n, s."""
+
+@final
+@dataclass(frozen=True)
+class Layout:
+    """A MobileNetV2's numbers.
+
+    Attributes:
+        stem: output channels and stride of the first convolution.
+        stages: expansion, output channels, number of blocks and stride of the first: the paper's t, c, n, s.
+        head: channels of the last convolution.
+    """
+
+    stem: tuple[int, int]
+    stages: tuple[tuple[int, int, int, int], ...]
+    head: int
+
+
+LAYOUTS = {
+    "mobilenet_v2": Layout(
+        (32, 2),
+        (
+            *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
+            *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
+        ),
+        1280,
+    ),
+    # Small images: the first two of the five strides are 1, so that 32 pixels end as 4, as 128 do above.
+    "mobilenet_v2_cifar": Layout(
+        (32, 1),
+        (
+            *((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2)),
+            *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
+        ),
+        1280,
+    ),
+    "mobilenet_v2_reduced": Layout((16, 1), ((1, 16, 1, 1), (3, 24, 2, 2), (3, 32, 2, 1), (6, 64, 2, 2)), 256),
+}
+"""By name: the paper's table 2; the same for 32x32 images; and, as our reading of PQDE's "reduced MobileNetV2" (its
+numbers are not public), seven blocks instead of 17, at most 64 channels, expansion 3 where images are large."""
 
 
 @final
@@ -120,20 +156,28 @@ class MobileNetV2(nn.Module):
     Args:
         num_classes: outputs.
         in_channels: channels of the images.
+        layout: its numbers; those for small images take any of at least 8 pixels a side.
         dropout: probability in front of the classifier. torchvision trains with 0.2. Here it is off unless asked for:
             it draws from torch's generator, so that a run with it depends on how samples are split among processes.
     """
 
-    def __init__(self, num_classes: int = 1000, *, in_channels: int = 3, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        *,
+        in_channels: int = 3,
+        dropout: float = 0.0,
+        layout: Layout = LAYOUTS["mobilenet_v2"],
+    ) -> None:
         super().__init__()
-        blocks: list[nn.Module] = [_conv_bn_relu6(in_channels, 32, 3, 2)]
-        width = 32
-        for expansion, channels, count, stride in _V2_STAGES:
+        width, stride = layout.stem
+        blocks: list[nn.Module] = [_conv_bn_relu6(in_channels, width, 3, stride)]
+        for expansion, channels, count, stride in layout.stages:
             for i in range(count):
                 blocks.append(InvertedResidual(width, channels, stride if i == 0 else 1, expansion))
                 width = channels
-        self.features = nn.Sequential(*blocks, _conv_bn_relu6(width, 1280, 1))
-        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(1280, num_classes))
+        self.features = nn.Sequential(*blocks, _conv_bn_relu6(width, layout.head, 1))
+        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(layout.head, num_classes))
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:

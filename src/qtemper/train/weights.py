@@ -77,8 +77,8 @@ def check_fit(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> Non
         CheckpointError: with the first differences.
     """
     own = model.state_dict()
-    quantized = any("_quantizer." in key for key in tensors)
-    expected = own if quantized else {k: v for k, v in own.items() if "_quantizer." not in k}
+    quantized = without_quantizers(tensors).keys() != tensors.keys()
+    expected = own if quantized else without_quantizers(own)
     # Older checkpoints lack batch norm's step counter, which torch itself does not insist on.
     problems = [f"missing {k}" for k in expected if k not in tensors and not k.endswith("num_batches_tracked")]
     problems += [f"unexpected {key:.80}" for key in tensors if key not in expected]
@@ -93,6 +93,11 @@ def check_fit(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> Non
             f"{source} does not fit the model: {one_line('; '.join(problems[:3]), 400)}{more}. Choose the recipe (or "
             "--set model.*) of the network it was trained with."
         )
+
+
+def without_quantizers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a quantized network's state dict that its float network has: latent weights, batch norm."""
+    return {key: tensor for key, tensor in tensors.items() if "_quantizer." not in key}
 
 
 def one_line(text: str, width: int = 200) -> str:
