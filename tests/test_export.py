@@ -102,8 +102,9 @@ def test_onnxruntime_computes_the_integers_of_the_oracle(bits, tmp_path):
     for count in report.counts:
         by[count.runtime, count.inputs] += count.wrong if count.layer != "output" else 0
     assert by["onnxruntime", "real"] == by["onnxruntime", "extreme"] == 0
-    assert by["onnxruntime, unoptimised", "real"] <= 4  # float sums may fall on the other side of a tie
-    assert by["onnx reference", "real"] <= 4
+    # Float sums may fall on the other side of a tie, and what is behind may follow.
+    assert by["onnxruntime, unoptimised", "real"] < 1e-3 * sum(c.codes for c in report.counts)
+    assert by["onnx reference", "real"] < 1e-3 * sum(c.codes for c in report.counts)
     assert report.kernels == (8, 8)
     assert json.loads((tmp_path / "m.onnx.report.json").read_text())["failures"] == []
 
@@ -130,6 +131,40 @@ def test_other_networks(build, policy, size, tmp_path):
     if policy.first_last == "float":
         return  # float convolutions sum in another order in another runtime: codes behind them may fall over
     assert sum(c.wrong for c in report.counts if c.runtime == "onnxruntime") == 0
+
+
+class Awkward(nn.Module):
+    """A convolution used twice with two batch norms, names that differ by a dot, a view by size, a broadcast sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1))
+        self.a_0 = nn.Conv2d(8, 8, 3, padding=1)
+        self.shared = nn.Conv2d(8, 8, 1)
+        self.n1, self.n2 = nn.BatchNorm2d(8, eps=0.5), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8 * 16, 5)
+
+    def forward(self, x):
+        x = self.a_0(self.a(x).relu()).relu()
+        y = self.n1(self.shared(x)) + self.n2(self.shared(x))
+        y = torch.dropout(y.relu(), 0.5, self.training) + nn.functional.adaptive_avg_pool2d(self.shared(x), 1)
+        y = nn.functional.max_pool2d(y, 4)
+        return self.fc(y.view(y.size(0), -1))
+
+
+def test_awkward_models_are_lowered_to_what_they_compute(tmp_path):
+    torch.manual_seed(0)
+    x = images(8)
+    model = prepared(Awkward(), BitPolicy(8, 8, "8bit"), x)
+    model.n2.running_var[:2] = 0
+    model.n2.weight.data *= 0.01
+    with torch.no_grad():
+        # Sums of sums in 8 bits; an eps of 0 in the first batch norm would be 40%.
+        assert (integer_model(model, x)(x) - model(x)).abs().max() < 0.08 * model(x).abs().max()
+    report = export_and_verify(model, x, tmp_path / "m.onnx", rounds=0)
+    assert report.in_float == []
+    with pytest.raises(ExportError, match="batch of one"):
+        export_onnx(model, x[:1], tmp_path / "n.onnx")
 
 
 def test_linear_layers_on_sequences(tmp_path):
@@ -333,6 +368,12 @@ def test_damaged_or_foreign_files_are_refused(tmp_path):
         path.write_bytes(flipped)
         with pytest.raises(CheckpointError, match="damaged"):
             load_quantized(path, ResNetCifar(8))
+    at = data.index(b"[4, 4, 3, 3]") if b"[4, 4, 3, 3]" in data else data.index(b"3, 3]")
+    flipped = bytearray(data)  # in the metadata, too
+    flipped[at + 3] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(CheckpointError):
+        load_quantized(path, ResNetCifar(8))
     path.write_bytes(data[:-10])
     with pytest.raises(CheckpointError, match="safetensors"):
         load_quantized(path, ResNetCifar(8))

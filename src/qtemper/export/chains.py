@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,7 +82,7 @@ class Chain:
             if after.args[0] is not self.tail:
                 return
             if after.target is aten.batch_norm.default and not argument(after, 5):
-                if self.kind not in ("convolve", "linear") or self.clamped:
+                if self.kind not in ("convolve", "linear") or self.clamped or not _by_output_channel(self, after):
                     return
                 self.norms.append(after)
             elif (bounds := relu_bounds(after)) is not None:
@@ -96,6 +96,14 @@ class Chain:
     def clamped(self) -> bool:
         """Whether a ReLU belongs to it."""
         return self.low > -math.inf or self.high < math.inf
+
+
+def _by_output_channel(chain: Chain, norm: fx.Node) -> bool:
+    """Whether a batch norm has one gain per output channel, its tensors being the model's own."""
+    value = chain.node.meta.get("val")
+    matrix = isinstance(value, Tensor) and value.dim() == 2
+    own = all(a is None or (isinstance(a, fx.Node) and a.op == "get_attr") for a in norm.args[1:5])
+    return own and (chain.kind == "convolve" or matrix)
 
 
 def relu_bounds(node: fx.Node) -> tuple[float, float] | None:
@@ -138,9 +146,9 @@ def layer_of(mark: fx.Node) -> str:
     return str(mark.args[1]).rpartition(".")[0]
 
 
-def source(node: Any) -> Any:
-    """Where a value comes from, behind nodes that only move values."""
-    while isinstance(node, fx.Node) and is_move(node):
+def source(node: Any, stop: Container[fx.Node] = ()) -> Any:
+    """Where a value comes from, behind nodes that only move values and are not among `stop`."""
+    while isinstance(node, fx.Node) and is_move(node) and node not in stop:
         node = node.args[0]
     return node
 
@@ -160,13 +168,15 @@ def find_chains(graph: fx.Graph) -> dict[fx.Node, Chain]:
     tails: dict[fx.Node, Chain] = {}
 
     def in_codes(value: Any) -> bool:
-        chain = tails.get(source(value))
+        chain = tails.get(source(value, tails))
         return chain is not None and chain.kind != "linear"
 
     for node in graph.nodes:
         kind = None
         if node.op == "call_function":
             quantized = len(node.args) > 1 and is_weight_mark(node.args[1]) and is_activation_mark(source(node.args[0]))
+            bias = argument(node, 2)
+            quantized = quantized and (bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr"))
             if node.target in CONVOLUTIONS and quantized:
                 kind = "convolve"
             elif node.target is aten.linear.default and quantized:

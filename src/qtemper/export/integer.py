@@ -137,9 +137,17 @@ class _Builder:
         return self.new.create_node("call_function", target, args, name=name or None)
 
     def _constant(self, name: str, tensor: Tensor) -> fx.Node:
-        name = name.replace(".", "_")
-        self.root.register_buffer(name, tensor)
-        return self.new.get_attr(name)
+        """A tensor of the model; an equal one that is there is shared, another gets a name beside it."""
+        name = taken = name.replace(".", "_")
+        count = 0
+        while taken in self.root._buffers:
+            present = self.root.get_buffer(taken)
+            if present.dtype == tensor.dtype and torch.equal(present, tensor):
+                return self.new.get_attr(taken)
+            count += 1
+            taken = f"{name}_{count}"
+        self.root.register_buffer(taken, tensor)
+        return self.new.get_attr(taken)
 
     def _real(self, node: Any) -> Any:
         """A value as a float node."""
@@ -147,6 +155,8 @@ class _Builder:
             return node
         if is_weight_mark(node):
             return self._real_weight(node)
+        if node.op == "get_attr" and node not in self.values:
+            self.values[node] = self._constant(str(node.target), self._attribute(node).detach().cpu())
         value = self.values[node]
         grid = self.codes.get(node)
         return value if grid is None else self._call("", ops.dequantize.default, (value, grid.scale, grid.zero_point))
@@ -185,12 +195,8 @@ class _Builder:
             self._copy(node)
 
     def _copy(self, node: fx.Node) -> None:
-        if node.op == "get_attr":
-            value = self._attribute(node)
-            if isinstance(value, Tensor):
-                self._set(node, self._constant(str(node.target), value.detach().cpu()))
-                return
-        self.values[node] = self.new.node_copy(node, self._real)
+        if node.op != "get_attr":  # these where they are used, if they are
+            self.values[node] = self.new.node_copy(node, self._real)
 
     def _emit_quantizer(self, node: fx.Node) -> None:
         grid, x = self._grid(node), node.args[0]
@@ -216,7 +222,7 @@ class _Builder:
             pairs = tuple([p[0], p[-1]] for p in args)
             value = self._call("", ops.max_pool.default, (x, *pairs, argument(node, 5, False)))
         else:
-            value = self._call("", node.target, (x, *(self._real(a) for a in node.args[1:])))
+            value = self._call("", node.target, (x, *fx.map_arg(node.args[1:], self._real)))
         self._set(node, value, grid)
 
     def _emit_chain(self, chain: Chain) -> None:
@@ -248,7 +254,7 @@ class _Builder:
             name,
             self._weight(mark),
             None if bias is None else self._attribute(bias),
-            [[None if a is None else self._attribute(a) for a in n.args[1:5]] + [argument(n, 8)] for n in chain.norms],
+            [[None if a is None else self._attribute(a) for a in n.args[1:5]] + [argument(n, 7)] for n in chain.norms],
             own,
         )
         parts = {

@@ -48,7 +48,7 @@ def _raise_operands(exponents: dict[fx.Node, int], chains: dict[fx.Node, Chain])
     """No operand of a sum finer than the sum: half bins would be ties, which float runtimes round as they please."""
     for tail in reversed(exponents):  # in the graph's order, so that a raised operand raises its own in turn
         if chains[tail].kind == "add":
-            for operand in (source(a) for a in chains[tail].node.args[:2]):
+            for operand in (source(a, chains) for a in chains[tail].node.args[:2]):
                 exponents[operand] = max(exponents[operand], exponents[tail])
 
 
@@ -77,7 +77,7 @@ def _groups(chains: dict[fx.Node, Chain]) -> list[list[fx.Node]]:
         if chain.kind != "add":
             continue
         for operand in chain.node.args[:2]:
-            mine, other = group_of[tail], group_of[source(operand)]
+            mine, other = group_of[tail], group_of[source(operand, chains)]
             if mine is not other:
                 mine += other
                 for member in other:

@@ -212,6 +212,11 @@ def _linear_real_shape(x: Tensor, x_scale: float, x_zero_point: int, weight: Ten
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
 
 
+def _add_shape(x: Tensor, x_scale: float, x_zero_point: int, y: Tensor, *_: object) -> Tensor:
+    shape = torch.broadcast_shapes(x.shape, y.shape)  # type: ignore[no-untyped-call]
+    return x.new_empty(shape)
+
+
 def _average_shape(x: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-2], 1, 1))
 
@@ -230,7 +235,7 @@ for _function, _shape in (
     (convolve, _convolve_shape),
     (linear, _linear_shape),
     (linear_real, _linear_real_shape),
-    (add_codes, _same_shape),
+    (add_codes, _add_shape),
     (average, _average_shape),
     (max_pool, _max_pool_shape),
     (clamp_codes, _same_shape),

@@ -90,6 +90,11 @@ def save_quantized(model: nn.Module, path: Path) -> None:
     """
     if any(True for _, q in quantizers(model) if q.name.endswith("weight_quantizer")):
         model = convert(model)
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    if len(names) > len(list(model.named_modules())):
+        raise ExportError(
+            "the model has a module under two names, which a packed file does not hold; register it under one."
+        )
     tensors = {k: v for k, v in model.state_dict().items() if not k.endswith("weight_quantizer.codes")}
     about: dict[str, Any] = {}
     for name, layer in model.named_modules():
@@ -107,7 +112,7 @@ def save_quantized(model: nn.Module, path: Path) -> None:
                 tensors[f"{name}.weight_quantizer.sign"] = torch.from_numpy(np.packbits(small.sign < 0))
             entry["weight"] = [stored.bits, small.bits, small.doubled, list(small.inner.shape), axis]
         about[name] = entry
-    document = {"format": FORMAT, "layers": about, "sha256": _digest(tensors)}
+    document = {"format": FORMAT, "layers": about, "sha256": _digest(tensors, about)}
     save_tensors(path, tensors, {KEY: json.dumps(document)})
 
 
@@ -133,7 +138,7 @@ def load_quantized(path: Path, model: nn.Module) -> nn.Module:
         raise CheckpointError(f"{path} was not written by save_quantized; give such a file.") from None
     if not known:
         raise CheckpointError(f"{path} has format {about['format']}, this version reads {FORMAT}; update qtemper.")
-    if digest != _digest(tensors):
+    if digest != _digest(tensors, names):
         raise CheckpointError(f"{path} is damaged (its sha256 does not match its content); fetch or export it again.")
     missing = [name for name in names if not isinstance(dict(model.named_modules()).get(name), layers.QUANTIZABLE)]
     if missing:
@@ -174,8 +179,8 @@ def _restore_weight(layer: QuantLayer, name: str, entry: list[Any], tensors: dic
     tensors[prefix + "codes"] = codes
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    found = hashlib.sha256()
+def _digest(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
+    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -31,17 +31,17 @@ def pack_weights(model: ir.Model, *, int2: bool, plain: bool = False) -> None:
         int2: whether the target knows INT2 (opset 25).
         plain: leave int8 weights as they are.
     """
-    uses_int2 = False
+    done: dict[str, tuple[ir.Value, int]] = {}  # a layer that is used twice has one weight
     for node in list(model.graph):
         weight = node.inputs[0] if node.op_type == "DequantizeLinear" else None
         if weight is None or weight.const_value is None or weight.const_value.dtype != ir.DataType.INT8:
             continue
-        codes = weight.const_value.numpy()
-        if plain:
-            packer = _Packer(model, node, weight)
-            packer.finish(weight, codes.shape, 0)
-            continue
-        uses_int2 |= _pack(_Packer(model, node, weight), codes, int2)
+        codes, packer, name = weight.const_value.numpy(), _Packer(model, node, weight), str(weight.name)
+        if name not in done:
+            done[name] = (weight, 0) if plain else _pack(packer, codes, int2)
+        packer.finish(done[name][0], codes.shape, done[name][1])
+    kinds = {value.const_value.dtype for value in model.graph.initializers.values() if value.const_value is not None}
+    uses_int2 = ir.DataType.INT2 in kinds
     model.graph.opset_imports[""] = 25 if uses_int2 else 21
     model.ir_version = 13 if uses_int2 else 10
 
@@ -60,17 +60,17 @@ def float_biases(model: ir.Model) -> None:
         node.outputs[0].replace_all_uses_with(value)
         model.graph.remove(node, safe=True)
         model.graph.remove(product, safe=True)
-        model.graph.initializers.pop(bias.name)  # type: ignore[arg-type]
+        if not bias.uses():
+            model.graph.initializers.pop(str(bias.name))
 
 
-def _pack(packer: _Packer, codes: NDArray[np.int8], int2: bool) -> bool:
+def _pack(packer: _Packer, codes: NDArray[np.int8], int2: bool) -> tuple[ir.Value, int]:
+    """The codes as a value of the graph, and their zero point."""
     wide = max(int(codes.max()), -int(codes.min()) - 1) > SAFE
     stored = shrink(codes)
     if stored.bits == 8:
-        packer.finish(packer.initializer("", (codes.astype(np.int16) + 128).astype(np.uint8)), codes.shape, 128)
-        return False
-    is_int2 = stored.bits == 2 and int2
-    if is_int2:
+        return packer.initializer("_uint8", (codes.astype(np.int16) + 128).astype(np.uint8)), 128
+    if stored.bits == 2 and int2:
         value = packer.initializer("_int2", stored.inner.astype(ml_dtypes.int2))
     elif stored.bits in (2, 3, 4):
         value = packer.initializer("_int4", stored.inner.astype(ml_dtypes.int4))
@@ -88,8 +88,7 @@ def _pack(packer: _Packer, codes: NDArray[np.int8], int2: bool) -> bool:
         value = packer.call("Mul", value, packer.array(sign))
     if wide:
         value = packer.cast(packer.call("Add", value, packer.array(np.int16(128))), ir.DataType.UINT8)
-    packer.finish(value, codes.shape, 128 if wide else 0)
-    return is_int2
+    return value, 128 if wide else 0
 
 
 class _Packer:
@@ -101,14 +100,11 @@ class _Packer:
 
     def initializer(self, suffix: str, array: NDArray[np.generic]) -> ir.Value:
         name = f"{self.weight.name}{suffix}"
-        if not suffix:
-            self.model.graph.initializers.pop(name)
-            value = self.weight
-            value.const_value = ir.tensor(array, name=name)
-            value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(array.shape)
-        else:
-            value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-            value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(array.shape)  # type: ignore[union-attr]
+        while name in self.model.graph.initializers:
+            name += "_"
+        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+        assert value.const_value is not None
+        value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(array.shape)
         self.model.graph.register_initializer(value)
         return value
 
@@ -150,8 +146,8 @@ class _Packer:
         channels = shape[axis.as_int() if axis is not None else 0]
         zeros = self.array(np.full(channels, zero_point, dtype=kind))
         scale = self.node.inputs[1]
-        if value is not self.weight:
-            self.model.graph.initializers.pop(self.weight.name)  # type: ignore[arg-type]
         self.node.resize_inputs(3)
         for index, new in enumerate((value, scale, zeros)):
             self.node.replace_input_with(index, new)
+        if not self.weight.uses():
+            self.model.graph.initializers.pop(str(self.weight.name))

@@ -50,7 +50,7 @@ def export_and_verify(
     wanted = get_target(target)
     if not path.parent.is_dir():
         raise ExportError(f"{path.parent} is no directory; make it first, or choose another path.")
-    mode = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         graph = graph_for(model, example, wanted)
@@ -58,17 +58,18 @@ def export_and_verify(
         proto = onnx.load_from_string(file)
         report = verify.verify(proto, graph, example[:32], wanted)
         report.sizes = verify.sizes(model, graph, len(file))
+        report.in_float = verify.left_in_float(model, graph)
         if not (wanted.quant_nodes or wanted.signed):
-            test = list(test)
-            if test:
-                report.top1 = verify.accuracies(test, graph, proto, model)
+            report.top1 = verify.accuracies(test, graph, proto, model)
             if rounds:
                 report.latency = verify.compare_latency(proto, float_onnx(model, example), example[:1], rounds)
     finally:
-        model.train(mode)
+        for module, mode in modes.items():
+            module.training = mode
     write_atomically(path.with_name(path.name + ".report.json"), report.to_json().encode())
     failures = report.failures()
     if failures:
+        path.unlink(missing_ok=True)  # of an earlier export: it is not what the report is about
         more = f", and {len(failures) - 3} more" if len(failures) > 3 else ""
         raise ExportError(f"{path} failed its verification and was not written: {'; '.join(failures[:3])}{more}.")
     write_atomically(path, file)

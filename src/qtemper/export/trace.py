@@ -40,6 +40,8 @@ def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
     Raises:
         ExportError: torch.export cannot follow the model.
     """
+    if len(example) < 2:
+        raise ExportError("the example is a batch of one, to which torch.export would fix the model; give two or more.")
     modes = {module: module.training for module in model.modules()}
     enabled = fast_path()
     use_fast_path(False)
@@ -57,6 +59,9 @@ def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
         use_fast_path(enabled)
         for module, mode in modes.items():
             module.training = mode
+    sizes = [n.meta["val"].shape[0] for n in program.graph.nodes if n.name in program.graph_signature.user_inputs]
+    if any(isinstance(size, int) for size in sizes):
+        raise ExportError(f"the model's forward fixes the batch to {sizes[0]} (a view with a number?); use x.shape[0].")
     graph = program.module()
     assert isinstance(graph, fx.GraphModule)
     for node in list(graph.graph.nodes):  # checks of the input's shape, which the next model makes for itself
