@@ -16,7 +16,7 @@ from qtemper.run import RunDir
 from qtemper.train import evaluate
 
 if TYPE_CHECKING:
-    from qtemper.export.verify import Report
+    from qtemper.export.report import Report
 
 EXAMPLES = 256
 """Calibration images that the 8-bit scales between layers are fitted to, on export."""
@@ -48,7 +48,7 @@ def export_run(
         images: test images whose top-1 is compared; all if not given.
 
     Returns:
-        The report, a `qtemper.export.verify.Report`.
+        The report, a `qtemper.export.report.Report`.
 
     Raises:
         ExportError: the target cannot hold the model, or the file is not what the integer model computes.

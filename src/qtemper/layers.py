@@ -18,6 +18,13 @@ from qtemper.fast import layer as fast
 from qtemper.quantizer import Quantizer
 
 QUANTIZERS = {"weight": "weight_quantizer", "activation": "act_quantizer"}
+"""Attribute of a quantized layer for each of its tensors."""
+
+
+def without_quantizers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a quantized network's state dict that its float network has: latent weights, batch norm."""
+    names = set(QUANTIZERS.values())
+    return {key: tensor for key, tensor in tensors.items() if names.isdisjoint(key.split("."))}
 
 
 @final

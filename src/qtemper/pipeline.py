@@ -18,6 +18,7 @@ from qtemper.calibrate import calibrate
 from qtemper.config import Experiment
 from qtemper.data import NORMALIZATIONS, Source, open_source
 from qtemper.errors import CheckpointError, ConfigError
+from qtemper.layers import without_quantizers
 from qtemper.models import build
 from qtemper.policy import FLOAT_BITS
 from qtemper.prepare import prepare
@@ -28,7 +29,6 @@ from qtemper.stages import Stage
 from qtemper.train import evaluate, fit
 from qtemper.train.processes import make_fabric, report_lost_process, share_state
 from qtemper.train.state import load_model, load_strictly, read_safetensors
-from qtemper.train.weights import without_quantizers
 
 
 def build_model(experiment: Experiment) -> nn.Module:

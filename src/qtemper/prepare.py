@@ -105,10 +105,7 @@ def latent_state(model: nn.Module) -> dict[str, torch.Tensor]:
     Returns:
         Tensors by name, which share the model's memory as those of `state_dict` do.
     """
-    # A layer that is registered under two names has its entries under both.
-    modules = model.named_modules(remove_duplicate=False)
-    inside = tuple(f"{name}." for name, module in modules if isinstance(module, Quantizer))
-    return {key: value for key, value in model.state_dict().items() if not key.startswith(inside)}
+    return layers.without_quantizers(model.state_dict())
 
 
 def quantizer_table(model: nn.Module) -> str:

@@ -32,6 +32,9 @@ _lib.define("quant(Tensor x, Tensor scale, float zero_point, int bits, bool sign
 
 ops = torch.ops.qtemper_integer
 
+KERNELS = (ops.convolve.default, ops.linear.default, ops.linear_real.default)
+"""The operators with weights; their arguments begin with the input's codes, scale and zero point, and the weight."""
+
 
 def _clamp_round(real: Tensor, zero_point: int, low: int, high: int, dtype: torch.dtype) -> Tensor:
     return (torch.round(real) + zero_point).clamp(low, high).to(dtype)

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from qtemper.calibrate import float_mode
 from qtemper.errors import ExportError
-from qtemper.export import verify
+from qtemper.export import measures
 from qtemper.export.onnx import build_onnx, graph_for
+from qtemper.export.report import Report
 from qtemper.export.targets import get_target
+from qtemper.export.verify import verify
 from qtemper.train.state import write_atomically
 
 
@@ -30,13 +32,13 @@ def export_and_verify(
     target: str = "onnxruntime",
     test: Iterable[tuple[Tensor, Tensor]] = (),
     rounds: int = 30,
-) -> verify.Report:
+) -> Report:
     """Write a model as ONNX after proving what the file computes.
 
     Args:
         model: prepared, calibrated and trained; its training mode is kept.
         example: a batch of real inputs, two at least: scales of 8-bit values are fitted to it, codes compared on it.
-        path: of the file; `<path>.report.json` is written beside it, whatever the outcome.
+        path: of the file; the proof is `<path>.report.json` beside it, or `<path>.failed.json` if there is none.
         target: a name of `targets.TARGETS`.
         test: batches of inputs and labels, for top-1.
         rounds: of timing against the float model; 0 for none.
@@ -45,7 +47,8 @@ def export_and_verify(
         The report of a file that is sound.
 
     Raises:
-        ExportError: the target cannot hold the model, or the file failed; then there is no file.
+        ExportError: the target cannot hold the model, or the file failed and was not written; an earlier file of that
+            name stays with its own report.
     """
     wanted = get_target(target)
     if not path.parent.is_dir():
@@ -56,23 +59,24 @@ def export_and_verify(
         graph = graph_for(model, example, wanted)
         file = ir.serde.serialize_model(build_onnx(graph, example, wanted)).SerializeToString()
         proto = onnx.load_from_string(file)
-        report = verify.verify(proto, graph, example[:32], wanted)
-        report.sizes = verify.sizes(model, graph, len(file))
-        report.in_float = verify.left_in_float(model, graph)
+        report = verify(proto, graph, example[:32], wanted)
+        report.sizes = measures.sizes(model, graph, len(file))
+        report.in_float = measures.left_in_float(model, graph)
         if not (wanted.quant_nodes or wanted.signed):
-            report.top1 = verify.accuracies(test, graph, proto, model)
+            report.top1 = measures.accuracies(test, graph, proto, model)
             if rounds:
-                report.latency = verify.compare_latency(proto, float_onnx(model, example), example[:1], rounds)
+                report.latency = measures.compare_latency(proto, float_onnx(model, example), example[:1], rounds)
     finally:
         for module, mode in modes.items():
             module.training = mode
-    write_atomically(path.with_name(path.name + ".report.json"), report.to_json().encode())
-    failures = report.failures()
+    failures, failed = report.failures(), path.with_name(path.name + ".failed.json")
     if failures:
-        path.unlink(missing_ok=True)  # of an earlier export: it is not what the report is about
+        write_atomically(failed, report.to_json().encode())
         more = f", and {len(failures) - 3} more" if len(failures) > 3 else ""
         raise ExportError(f"{path} failed its verification and was not written: {'; '.join(failures[:3])}{more}.")
     write_atomically(path, file)
+    write_atomically(path.with_name(path.name + ".report.json"), report.to_json().encode())
+    failed.unlink(missing_ok=True)
     return report
 
 
@@ -84,6 +88,3 @@ def float_onnx(model: nn.Module, example: Tensor) -> onnx.ModelProto:
             model, (example,), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim.AUTO},)
         )
     return ir.serde.serialize_model(program.model)
-
-
-__all__ = ["export_and_verify", "float_onnx"]

@@ -13,7 +13,7 @@ from qtemper.export.chains import is_weight_mark, layer_of
 from qtemper.export.codes import activation_codes, integer_weight
 from qtemper.export.operators import ops
 from qtemper.export.trace import MARK, trace
-from qtemper.layers import StoredWeight, weight_channel_axis
+from qtemper.layers import weight_channel_axis
 from qtemper.quantizer import Quantizer
 
 
@@ -24,30 +24,27 @@ def quant_model(model: nn.Module, example: Tensor) -> fx.GraphModule:
         ExportError: a quantizer whose levels are no multiples of a step.
     """
     graph = trace(model, example)
-    for node in list(graph.graph.nodes):
-        if node.target is not MARK:
-            continue
-        quantizer, layer = model.get_submodule(str(node.args[1])), layer_of(node)
+    marks = [node for node in graph.graph.nodes if node.target is MARK]
+    for index, node in enumerate(marks):
+        layer = layer_of(node)
+        owner = model.get_submodule(layer)
         if is_weight_mark(node):
-            owner = model.get_submodule(layer)
             weight = integer_weight(layer, owner)
+            # Odd codes are those of levels without a zero, doubled; a plain grid's that happen to be odd fit that, too.
+            doubled = bool((weight.codes % 2 != 0).all())
             shape = [1] * weight.codes.dim()
             shape[weight_channel_axis(owner)] = -1
-            scale, bits, signed, zero_point = weight.scale.reshape(shape), weight.bits, True, 0.0
-            if isinstance(quantizer, Quantizer):
-                zero_point = quantizer.grid.codes.zero_point
-            elif isinstance(quantizer, StoredWeight) and bool((weight.codes % 2 != 0).all()) and weight.bits > 1:
-                zero_point = -0.5
-            scale = scale * 2 if zero_point else scale
+            scale = weight.scale.reshape(shape) * (2 if doubled else 1)
+            zero_point, bits, signed = -0.5 if doubled else 0.0, weight.bits, True
         else:
+            quantizer = model.get_submodule(str(node.args[1]))
             assert isinstance(quantizer, Quantizer)
-            codes, bits = activation_codes(layer, quantizer, signed=quantizer.spec.bits < 8), quantizer.spec.bits
-            scale, zero_point = torch.tensor([codes.scale]), 0.0
-            signed = quantizer.grid.codes.qmin < 0
-        name = str(node.args[1]).replace(".", "_") + "_scale"
-        graph.register_buffer(name, scale.float())
+            codes = activation_codes(layer, quantizer)
+            scale, zero_point, bits = torch.tensor([codes.scale]), 0.0, quantizer.spec.bits
+            signed = codes.low < codes.zero_point
+        graph.register_buffer(f"quant_scale_{index}", scale.float())
         with graph.graph.inserting_before(node):
-            constant = graph.graph.get_attr(name)
+            constant = graph.graph.get_attr(f"quant_scale_{index}")
             new = graph.graph.call_function(ops.quant.default, (node.args[0], constant, zero_point, bits, signed))
         node.replace_all_uses_with(new)
         graph.graph.erase_node(node)

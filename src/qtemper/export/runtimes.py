@@ -20,8 +20,6 @@ Array = NDArray[Any]
 Runner = Callable[[Array], dict[str, Array]]
 """Takes a batch, returns the values that were asked for by name."""
 
-CODES = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
-
 
 def with_outputs(model: onnx.ModelProto, names: Sequence[str], kind: int) -> onnx.ModelProto:
     """A copy that also returns values between layers."""
@@ -56,11 +54,25 @@ def run_onnxruntime(model: onnx.ModelProto, names: Sequence[str], *, optimised: 
     return lambda x: dict(zip(names, session.run(list(names), {entry: x}), strict=True))
 
 
-def run_reference(model: onnx.ModelProto, names: Sequence[str]) -> Runner:
-    """Onnx's own ReferenceEvaluator: slow, plain numpy."""
-    from onnx.reference import ReferenceEvaluator
+REFERENCE = "onnx reference"
 
-    evaluator = ReferenceEvaluator(model)
+
+def run_reference(model: onnx.ModelProto, names: Sequence[str]) -> Runner:
+    """Onnx's own ReferenceEvaluator: slow, plain numpy; it is told QONNX's `Quant`."""
+    from onnx.reference import ReferenceEvaluator
+    from onnx.reference.op_run import OpRun
+
+    class Quant(OpRun):
+        op_domain = "qonnx.custom_op.general"
+
+        def _run(
+            self, x: Array, scale: Array, zeropt: Array, bitwidth: Array, signed: int = 1, **_: object
+        ) -> tuple[Array]:
+            low = -(2.0 ** (bitwidth - 1)) if signed else 0.0
+            v = np.clip(np.rint(x / scale + zeropt), low, low + 2.0**bitwidth - 1)
+            return (((v - zeropt) * scale).astype(np.float32),)
+
+    evaluator = ReferenceEvaluator(model, new_ops=[Quant])
     entry = model.graph.input[0].name
 
     def run(x: Array) -> dict[str, Array]:
@@ -99,8 +111,15 @@ def optimised_operators(model: onnx.ModelProto, directory: Path) -> dict[str, in
     return dict(Counter(node.op_type for node in graph.node).most_common())
 
 
-def part(model: onnx.ModelProto, output: str, kind: int) -> tuple[onnx.ModelProto, str]:
-    """The nodes of one layer, from the codes that it takes to the value `output`; and the name of these codes."""
+def part(model: onnx.ModelProto, output: str, kind: int, dtype: torch.dtype) -> onnx.ModelProto:
+    """The nodes of one layer, from the codes that it takes to a value.
+
+    Args:
+        model: the file.
+        output: name of the value.
+        kind: onnx's type of codes.
+        dtype: of the value.
+    """
     made_by = {name: node for node in model.graph.node for name in node.output}
     constants = {tensor.name for tensor in model.graph.initializer}
     wanted, kept, entry = [output], {}, ""
@@ -129,10 +148,10 @@ def part(model: onnx.ModelProto, output: str, kind: int) -> tuple[onnx.ModelProt
         nodes,
         "layer",
         [onnx.helper.make_tensor_value_info(entry, kind, None)],
-        [onnx.helper.make_tensor_value_info(output, onnx.TensorProto.UNDEFINED, None)],
+        [onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT if dtype.is_floating_point else kind, None)],
         [tensor for tensor in model.graph.initializer if tensor.name in used],
     )
-    return onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version), entry
+    return onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
 def _constant(name: str, made_by: dict[str, onnx.NodeProto], constants: set[str]) -> bool:

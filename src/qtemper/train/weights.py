@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from qtemper.errors import CheckpointError
+from qtemper.layers import without_quantizers
 
 
 def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
@@ -93,11 +94,6 @@ def check_fit(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> Non
             f"{source} does not fit the model: {one_line('; '.join(problems[:3]), 400)}{more}. Choose the recipe (or "
             "--set model.*) of the network it was trained with."
         )
-
-
-def without_quantizers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of a quantized network's state dict that its float network has: latent weights, batch norm."""
-    return {key: tensor for key, tensor in tensors.items() if "_quantizer." not in key}
 
 
 def one_line(text: str, width: int = 200) -> str:
