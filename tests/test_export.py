@@ -247,6 +247,7 @@ def test_what_a_target_cannot_hold_is_refused_before_anything_is_written(method,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch copying its own graph
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
 def test_a_file_that_is_wrong_by_some_codes_is_caught_and_not_written(target, tmp_path, monkeypatch):
     def planted(integers, example, wanted):
