@@ -72,7 +72,8 @@ def run(layer, x, *, enabled):
 def test_convolution_of_codes_is_int64_accumulation(extreme, x_range, w_range, geometry):
     geometry = Geometry(*geometry)
     x_max, zero_point = x_range
-    if not is_exact(x_max, zero_point, *w_range, geometry.groups > 1):
+    shape = (64, 64 // geometry.groups, 3, 3)
+    if not is_exact(x_max, zero_point, *w_range, shape, geometry):
         pytest.skip("this CPU's 8-bit products saturate for these ranges: the float convolution is used instead")
     generator = torch.Generator().manual_seed(1)
 
@@ -81,7 +82,7 @@ def test_convolution_of_codes_is_int64_accumulation(extreme, x_range, w_range, g
         return torch.where(drawn * 2 > low + high, high, low) if extreme else drawn
 
     x = draw(0, x_max, (2, 64, 6, 6)).contiguous(memory_format=torch.channels_last)
-    w = draw(*w_range, (64, 64 // geometry.groups, 3, 3))
+    w = draw(*w_range, shape)
     scale = torch.rand(64, generator=generator)
     found = convolve_codes(x.to(torch.uint8), w.to(torch.int8), scale, zero_point, geometry)
     # float64 holds every sum of int64 products here: they stay below 2**53.

@@ -1,13 +1,13 @@
 """Convolution of integer codes, exact: int32 accumulators on the CPU's 8-bit units.
 
 oneDNN multiplies uint8 by int8. Without VNNI or AMX it adds two products in 16 bits and saturates, silently, so
-`is_exact` tries the extreme codes of a pair of ranges before the pair is used.
+`is_exact` tries the extreme codes of a pair of ranges on a layer's shape before the pair is used.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,32 +72,38 @@ def convolve_codes(
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def is_exact(x_max: int, zero_point: int, w_min: int, w_max: int, grouped: bool) -> bool:
-    """Whether `convolve_codes` is exact on this CPU for codes 0 .. `x_max` and `w_min` .. `w_max`.
+def is_exact(
+    x_max: int, zero_point: int, w_min: int, w_max: int, weight_shape: tuple[int, ...], geometry: tuple[Any, ...]
+) -> bool:
+    """Whether `convolve_codes` is exact on this CPU for codes 0 .. `x_max` and `w_min` .. `w_max` in such a layer.
 
-    Tried once per process and pair of ranges.
+    Tried once per process on a few pixels of the layer's own shape: oneDNN chooses its kernel by shape, and without
+    VNNI the kernel for depthwise convolutions is exact where those for other groups saturate. `geometry` is a
+    `Geometry` as a plain tuple: a named one is no constant to torch.compile.
     """
-    return _try_extremes(x_max, zero_point, w_min, w_max, grouped)
+    return _try_extremes(x_max, zero_point, (w_min, w_max), weight_shape, Geometry(*geometry))
 
 
 @functools.cache
-def _try_extremes(x_max: int, zero_point: int, w_min: int, w_max: int, grouped: bool) -> bool:
-    channels, size = 64, 8
-    x = torch.full((2, channels, size, size), x_max, dtype=torch.uint8)
+def _try_extremes(
+    x_max: int, zero_point: int, w_range: tuple[int, int], weight_shape: tuple[int, ...], geometry: Geometry
+) -> bool:
+    per_group = weight_shape[0] // geometry.groups
+    # Four pixels beyond the window in each direction, so that some windows lie in the padding and some do not.
+    size = [geometry.dilation[i] * (weight_shape[2 + i] - 1) + 1 + 3 * geometry.stride[i] for i in range(2)]
+    x = torch.full((2, geometry.groups * weight_shape[1], *size), x_max, dtype=torch.uint8)
     x[1] = 0
     x[0, ::3, ::2] = 0
-    w = torch.full((channels, 1 if grouped else channels, 3, 3), w_max, dtype=torch.int8)
-    w[1::4] = w_min
-    w[2::4, :, ::2] = w_min
-    geometry = Geometry((1, 1), (1, 1), (1, 1), channels if grouped else 1)
-    with torch.no_grad():
+    x = x.contiguous(memory_format=torch.channels_last)
+    for code in w_range:
+        w = torch.full(weight_shape, code, dtype=torch.int8)
         try:
-            found = convolve_codes(
-                x.contiguous(memory_format=torch.channels_last), w, torch.ones(1), zero_point, geometry
-            )
+            found = convolve_codes(x, w, torch.ones(1), zero_point, geometry)
         except RuntimeError:  # a build of torch without oneDNN, or a CPU that it does not support
             return False
-        expected = torch.nn.functional.conv2d(
-            x.double() - zero_point, w.double(), padding=geometry.padding, groups=geometry.groups
-        )
-    return torch.equal(found, expected.float())
+        # All weights are one number: it times the sum over the window, once for each group.
+        window = torch.full((geometry.groups, *weight_shape[1:]), code, dtype=torch.float64)
+        expected = torch.nn.functional.conv2d(x.double() - zero_point, window, None, *geometry)
+        if not torch.equal(found, expected.float().repeat_interleave(per_group, dim=1)):
+            return False
+    return True

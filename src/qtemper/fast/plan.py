@@ -33,7 +33,8 @@ def make_plan(act: Quantizer, weight: Quantizer, linear: bool, geometry: Geometr
         a, w = packing_of(act, signed=False), packing_of(weight, signed=True)
         if a is not None and w is not None:
             largest = max(a.high - a.shift, a.shift) * max(-w.low, w.high) * math.prod(latent.shape[1:])
-            if largest <= ACCUMULATOR_MAX and is_exact(a.high, a.shift, w.low, w.high, geometry.groups > 1):
+            shape = (*latent.shape, 1, 1) if linear else tuple(latent.shape)
+            if largest <= ACCUMULATOR_MAX and is_exact(a.high, a.shift, w.low, w.high, shape, tuple(geometry)):
                 return Plan(linear, geometry, a, w, dtype)
     return Plan(linear, geometry, None, None, dtype)
 
