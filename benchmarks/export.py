@@ -4,7 +4,7 @@
 
 - resnet20: trained runs (`--runs`), and W8A8 calibrated from the public float checkpoint: the full CIFAR-10 test set.
 - resnet18: W8A8, W4A4 and W2A2 with random weights at 224x224: sizes, and latency against float in onnxruntime.
-- mobilenet: MobileNetV1 with the public float weights, calibrated to W8A8 and W4A8, on `--images` of the 1,000 images.
+- mobilenet: MobileNetV1 with the public float weights, calibrated to W8A8 and W4A8, on 100 of the 1,000 images.
 
 Latency is only worth reading from an idle machine.
 """
@@ -115,7 +115,7 @@ def main() -> None:
     parts = {
         "resnet20": lambda: resnet20(given.data, given.runs, given.images),
         "resnet18": lambda: resnet18(given.rounds),
-        "mobilenet": lambda: mobilenet(given.data, given.images or 1000),
+        "mobilenet": lambda: mobilenet(given.data, given.images or 100),
     }
     models = [row for part in given.parts for row in parts[part]()]
     given.out.write_text(json.dumps({"environment": environment(0), "models": models}, indent=1) + "\n")

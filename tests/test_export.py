@@ -353,6 +353,15 @@ def test_packed_weights_are_the_same_model(bits, method, tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_on_a_gpu_is_exported_from_the_cpu(tmp_path):
+    model, x = small("W4A4").cuda(), images().cuda()
+    export_and_verify(model, x, tmp_path / "model.onnx", test=[(x, torch.zeros(4).cuda())], rounds=1)
+    tensors = [*convert(model).state_dict().values(), *integer_model(model, x).state_dict().values()]
+    assert {t.device.type for t in tensors} == {"cpu"}
+    assert next(model.parameters()).is_cuda
+
+
 def test_a_w2_resnet18_takes_what_its_bits_take(tmp_path):
     model = prepared(ResNet(18), BitPolicy(2, 2, "8bit"), images(2, 64))
     save_quantized(model, tmp_path / "m.safetensors")

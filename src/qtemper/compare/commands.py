@@ -17,20 +17,14 @@ if TYPE_CHECKING:
     from qtemper.compare import schedule
 
 
-@dataclass(frozen=True)
-class Compare:
-    """Run a grid of methods, bits, settings and seeds under one recipe; print and write its table.
-
-    The same command goes on where it stopped. The first seed of every arm runs before the second of any.
+@dataclass(frozen=True, kw_only=True)
+class _Runs:
+    """What the two commands have in common: one recipe, many runs, and how they are started.
 
     Attributes:
         recipe: name of the recipe that all runs share.
-        out: directory of the comparison; several grids may share it.
-        vary: an axis, path=value,value (`bits=W2A2,W1A1` for the policy); several make a product.
-        arm: one more arm, "label: path=value; path=value".
+        out: directory of the runs and their table.
         assignments: change a field of the recipe for all runs, path=value.
-        seeds: of the runs.
-        baseline: label of the arm that the others are compared with.
         data: directory of the data set.
         init: float checkpoint that all runs start from.
         jobs: runs at once.
@@ -40,17 +34,12 @@ class Compare:
             --jobs says how many may be submitted at once. A job whose time is up is requeued and goes on. Ctrl-C ends
             the jobs; if this command is killed they go on, and the same command takes them over.
         stop_after: seconds after which the runs write checkpoints and end; the table is printed as far as it is.
-        status: only say what is done, what is under way, and when it will end.
-        record: append the ended runs to this file of JSON lines.
+        status: start nothing; say how far the runs are, and print the table.
     """
 
     recipe: Positional[str]
     out: Path
-    vary: UseAppendAction[tuple[str, ...]] = ()
-    arm: UseAppendAction[tuple[str, ...]] = ()
     assignments: Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="PATH=VALUE")] = ()
-    seeds: tuple[int, ...] = (0,)
-    baseline: str | None = None
     data: Path | None = None
     init: Path | None = None
     jobs: int = 1
@@ -58,6 +47,43 @@ class Compare:
     slurm: tuple[str, ...] = ()
     stop_after: float | None = None
     status: bool = False
+
+    def _check(self) -> None:
+        for name in ("jobs", "threads", "trials"):
+            if getattr(self, name, 1) < 1:
+                raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        if self.stop_after is not None and not self.stop_after > 0:
+            raise ConfigError(f"--stop-after must be more than 0 seconds, got {self.stop_after}.")
+
+    def _pool(self) -> schedule.Pool:
+        """How the runs are started."""
+        from qtemper.compare import schedule
+        from qtemper.compare.launch import Launcher, LocalProcesses, Options
+        from qtemper.compare.slurm import SubmititJobs
+
+        options = Options(self.out, self.data, self.init, self.threads)
+        launcher: Launcher = SubmititJobs(options, list(self.slurm)) if self.slurm else LocalProcesses(options)
+        return schedule.Pool(launcher, self.out, self.jobs, lambda text: print(text, flush=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(_Runs):
+    """Run a grid of methods, bits, settings and seeds under one recipe; print and write its table.
+
+    The same command goes on where it stopped. The first seed of every arm runs before the second of any.
+
+    Attributes:
+        vary: an axis, path=value,value (`bits=W2A2,W1A1` for the policy); several make a product.
+        arm: one more arm, "label: path=value; path=value".
+        seeds: of the runs.
+        baseline: label of the arm that the others are compared with.
+        record: append the ended runs to this file of JSON lines.
+    """
+
+    vary: UseAppendAction[tuple[str, ...]] = ()
+    arm: UseAppendAction[tuple[str, ...]] = ()
+    seeds: tuple[int, ...] = (0,)
+    baseline: str | None = None
     record: Path | None = None
 
     def run(self) -> None:
@@ -72,10 +98,10 @@ class Compare:
             raise ConfigError(
                 f"--baseline {self.baseline!r} is no arm; {nearest(self.baseline, [a.label for a in arms])}"
             )
-        _check(self)
+        self._check()
         finished = True
         if not self.status:
-            finished = _until_signal(lambda: schedule.run_all(runs, _pool(self), self.stop_after))
+            finished = _until_signal(lambda: schedule.run_all(runs, self._pool(), self.stop_after))
         records = [record.read(run, self.out) for run in runs]
         if self.record is not None:
             record.append_lines(records, self.record)
@@ -88,8 +114,8 @@ class Compare:
             print(report.goes_on(records))
 
 
-@dataclass(frozen=True)
-class Sweep:
+@dataclass(frozen=True, kw_only=True)
+class Sweep(_Runs):
     """Search for the settings of a recipe that give the best accuracy; print and write the table of trials.
 
     The same command goes on where it stopped. Trials are proposed by Optuna (TPE), or are all combinations where there
@@ -98,36 +124,16 @@ class Sweep:
     was trained with those images has seen them: train one with the same `--set data.held_out=N`.
 
     Attributes:
-        recipe: name of the recipe.
-        out: directory of the sweep.
         search: what to vary, path=low..high, path=low..high:log or path=value,value; whole numbers if both ends are.
         trials: how many.
-        assignments: change a field of the recipe for all trials, path=value.
         seed: of the search and of every run.
         prune: end a trial early that is below the median of the others at the same epoch, in the last two thirds.
-        data: directory of the data set.
-        init: float checkpoint that all trials start from.
-        jobs: trials at once.
-        threads: CPU threads of each.
-        slurm: submit the trials to a Slurm cluster; see `qtemper compare --help`.
-        stop_after: seconds after which the trials write checkpoints and end; the table is printed as far as it is.
-        status: only print the table.
     """
 
-    recipe: Positional[str]
-    out: Path
     search: UseAppendAction[tuple[str, ...]] = ()
     trials: int = 10
-    assignments: Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="PATH=VALUE")] = ()
     seed: int = 0
     prune: bool = True
-    data: Path | None = None
-    init: Path | None = None
-    jobs: int = 1
-    threads: int = 1
-    slurm: tuple[str, ...] = ()
-    stop_after: float | None = None
-    status: bool = False
 
     def run(self) -> None:
         """Do it."""
@@ -140,14 +146,14 @@ class Sweep:
         plan = sweep.make_plan(
             self.recipe, list(self.assignments), axes, trials=self.trials, seed=self.seed, prune=self.prune
         )
-        _check(self)
+        self._check()
         judged_by = sweep.judged_by(plan)
         if self.status:
             if not (self.out / sweep.JOURNAL).exists():
                 raise ConfigError(f"there is no sweep in {self.out}; start it with the same command without --status.")
             print(report.trials(sweep.Sweep(plan, self.out).records(), judged_by))
             return
-        pool = _pool(self)
+        pool = self._pool()
         with RunDir(self.out).lock():  # two commands would continue each other's trials
             study = sweep.Sweep(plan, self.out)
             study.prepare()
@@ -157,25 +163,6 @@ class Sweep:
         print(report.trials(records, judged_by))
         if not finished:
             print(report.goes_on(list(records.values())))
-
-
-def _check(command: Compare | Sweep) -> None:
-    for name in ("jobs", "threads", "trials"):
-        if getattr(command, name, 1) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {getattr(command, name)}.")
-    if command.stop_after is not None and not command.stop_after > 0:
-        raise ConfigError(f"--stop-after must be more than 0 seconds, got {command.stop_after}.")
-
-
-def _pool(command: Compare | Sweep) -> schedule.Pool:
-    """How the command's runs are started."""
-    from qtemper.compare import schedule
-    from qtemper.compare.launch import Launcher, LocalProcesses, Options
-    from qtemper.compare.slurm import SubmititJobs
-
-    options = Options(command.out, command.data, command.init, command.threads)
-    launcher: Launcher = SubmititJobs(options, list(command.slurm)) if command.slurm else LocalProcesses(options)
-    return schedule.Pool(launcher, command.out, command.jobs, lambda text: print(text, flush=True))
 
 
 def _until_signal(work: Callable[[], bool]) -> bool:

@@ -10,6 +10,7 @@ not quantized stays a float operator between `dequantize` and the next `quantize
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -47,7 +48,7 @@ def integer_model(model: nn.Module, example: Tensor, *, signed: bool = False) ->
     """The integer form of a prepared, calibrated model.
 
     Args:
-        model: prepared and calibrated; it is not changed.
+        model: prepared and calibrated, on any device; it is not changed.
         example: a batch of real inputs, two at least; the scales of 8-bit values between layers are fitted to it.
         signed: int8 codes whose zero is 0 instead of uint8 ones, for devices that want nothing else.
 
@@ -58,6 +59,7 @@ def integer_model(model: nn.Module, example: Tensor, *, signed: bool = False) ->
     Raises:
         ExportError: a quantized tensor that integers cannot hold, or a model that torch.export cannot follow.
     """
+    model, example = copy.deepcopy(model).cpu(), example.cpu()
     graph = trace(model, example)
     return _Builder(model, graph, example, signed).build()
 

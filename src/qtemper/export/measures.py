@@ -49,7 +49,8 @@ def accuracies(
     right = {"fake-quantized": 0, "integer": 0, "onnxruntime": 0}
     seen = different = disagree = 0
     with torch.no_grad():
-        for x, labels in batches:
+        for batch in batches:
+            x, labels = (tensor.cpu() for tensor in batch)
             logits = {
                 "fake-quantized": tensors_of(fake(x))[0],
                 "integer": tensors_of(integers(x))[0],

@@ -30,15 +30,16 @@ KEY = "qtemper_quantized"
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """A copy of a trained model in eval mode whose quantized weights are integers and whose scales no longer train.
+    """A copy of a trained model whose quantized weights are integers and whose scales no longer train.
 
-    It computes what the trained model computes in eval mode, to the bit where the method decodes by one product.
+    It is on the CPU and in eval mode, and computes what the trained model computes in eval mode, to the bit where the
+    method decodes by one product.
 
     Raises:
         ExportError: a weight or activation whose levels are no multiples of one step.
         NotCalibratedError: a quantizer has no scale yet.
     """
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model).cpu().eval()
     if not any(isinstance(module, QuantLayer) for module in model.modules()):
         raise ExportError("the model has no quantized layers; prepare, calibrate and train it first.")
     for name, layer in model.named_modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import warnings
 from collections.abc import Iterable
@@ -36,7 +37,7 @@ def export_and_verify(
     """Write a model as ONNX after proving what the file computes.
 
     Args:
-        model: prepared, calibrated and trained; its training mode is kept.
+        model: prepared, calibrated and trained, on any device; it is not changed.
         example: a batch of real inputs, two at least: scales of 8-bit values are fitted to it, codes compared on it.
         path: of the file; the proof is `<path>.report.json` beside it, or `<path>.failed.json` if there is none.
         target: a name of `targets.TARGETS`.
@@ -53,22 +54,17 @@ def export_and_verify(
     wanted = get_target(target)
     if not path.parent.is_dir():
         raise ExportError(f"{path.parent} is no directory; make it first, or choose another path.")
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        graph = graph_for(model, example, wanted)
-        file = ir.serde.serialize_model(build_onnx(graph, example, wanted)).SerializeToString()
-        proto = onnx.load_from_string(file)
-        report = verify(proto, graph, example[:32], wanted)
-        report.sizes = measures.sizes(model, graph, len(file))
-        report.in_float = measures.left_in_float(model, graph)
-        if not (wanted.quant_nodes or wanted.signed):
-            report.top1 = measures.accuracies(test, graph, proto, model)
-            if rounds:
-                report.latency = measures.compare_latency(proto, float_onnx(model, example), example[:1], rounds)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    model, example = copy.deepcopy(model).cpu().eval(), example.cpu()
+    graph = graph_for(model, example, wanted)
+    file = ir.serde.serialize_model(build_onnx(graph, example, wanted)).SerializeToString()
+    proto = onnx.load_from_string(file)
+    report = verify(proto, graph, example[:32], wanted)
+    report.sizes = measures.sizes(model, graph, len(file))
+    report.in_float = measures.left_in_float(model, graph)
+    if not (wanted.quant_nodes or wanted.signed):
+        report.top1 = measures.accuracies(test, graph, proto, model)
+        if rounds:
+            report.latency = measures.compare_latency(proto, float_onnx(model, example), example[:1], rounds)
     failures, failed = report.failures(), path.with_name(path.name + ".failed.json")
     if failures:
         write_atomically(failed, report.to_json().encode())
