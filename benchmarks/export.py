@@ -15,9 +15,9 @@ import argparse
 import itertools
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,17 +37,32 @@ RESNET20 = "weights/cifar10_resnet20_akamaster-12fca82f.safetensors"
 MOBILENET = "weights/mobilenet_v1_1.0_224.safetensors"
 
 
-def measure(
-    name: str, model: nn.Module, example: Tensor, test: Iterable[tuple[Tensor, Tensor]] = (), rounds: int = 30
-) -> dict[str, Any]:
+class Case(NamedTuple):
+    """A model to export, a batch of real inputs, images with labels, and rounds of timing."""
+
+    name: str
+    model: nn.Module
+    example: Tensor
+    test: Iterable[tuple[Tensor, Tensor]] = ()
+    rounds: int = 30
+
+
+def measure(case: Case, target: str) -> dict[str, Any]:
     """Export, verify and time one model."""
     with tempfile.TemporaryDirectory() as folder:
-        report = export_and_verify(model, example, Path(folder) / "model.onnx", test=test, rounds=rounds)
-    print(f"--- {name}\n{report.table()}", flush=True)
+        report = export_and_verify(
+            case.model,
+            case.example,
+            Path(folder) / "model.onnx",
+            target=target,
+            test=case.test,
+            rounds=case.rounds,
+        )
+    print(f"--- {case.name}\n{report.table()}", flush=True)
     record = json.loads(report.to_json())
     record["counts"] = [c for c in record["counts"] if c["wrong"]]  # what is not here, is equal
-    record["codes"] = sum(c.codes for c in report.counts if (c.runtime, c.inputs) == ("onnxruntime", "real"))
-    return {"model": name, **record}
+    record["codes"] = sum(c.codes for c in report.counts if (c.runtime, c.inputs) == ("onnxruntime", "whole model"))
+    return {"model": case.name, **record}
 
 
 def calibrated(config: ModelConfig, weights: Path | None, policy: BitPolicy, batches: list[Tensor]) -> nn.Module:
@@ -60,19 +75,17 @@ def calibrated(config: ModelConfig, weights: Path | None, policy: BitPolicy, bat
     return qtemper.calibrate(model, batches, batch_norm=weights is None).eval()
 
 
-def resnet20(data: Path, runs: list[Path], images: int | None) -> list[dict[str, Any]]:
+def resnet20(data: Path, runs: list[Path], images: int | None) -> Iterator[Case]:
     """Trained runs, and W8A8."""
-    found = []
     source = open_source(DataConfig(normalization="imagenet"), data / "cifar10", "cpu")
     batches = source.calibration_batches(256, 4, seed=0)
     model = calibrated(ModelConfig(), data / RESNET20, BitPolicy(8, 8, "8bit"), batches)
-    found.append(measure("resnet20 W8A8, calibrated", model, batches[0], some(source, images)))
+    yield Case("resnet20 W8A8, calibrated", model, batches[0], some(source, images))
     for path in runs:
         experiment, model = load_run(RunDir.open(path))
         source = open_source(experiment.data, data / "cifar10", "cpu")
         name = f"resnet20 W{experiment.policy.weight}A{experiment.policy.activation}, {experiment.train.epochs} epochs"
-        found.append(measure(name, model, example_batch(experiment, source), some(source, images)))
-    return found
+        yield Case(name, model, example_batch(experiment, source), some(source, images))
 
 
 def some(source: Source, images: int | None) -> Iterable[tuple[Tensor, Tensor]]:
@@ -80,27 +93,24 @@ def some(source: Source, images: int | None) -> Iterable[tuple[Tensor, Tensor]]:
     return itertools.islice(source.test_batches(100), None if images is None else max(1, images // 100))
 
 
-def resnet18(rounds: int) -> list[dict[str, Any]]:
+def resnet18(rounds: int) -> Iterator[Case]:
     """Random weights: what a file takes and how fast it is does not depend on them."""
     x = torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     config = ModelConfig("resnet18", 1000)
-    policies = {f"W{b}A{b}": BitPolicy(b, b, "8bit") for b in (8, 4, 2)}
-    return [
-        measure(f"resnet18 {name}", calibrated(config, None, p, [x]), x, rounds=rounds) for name, p in policies.items()
-    ]
+    for bits in (8, 4, 2):
+        model = calibrated(config, None, BitPolicy(bits, bits, "8bit"), [x])
+        yield Case(f"resnet18 W{bits}A{bits}", model, x, rounds=rounds)
 
 
-def mobilenet(data: Path, images: int) -> list[dict[str, Any]]:
+def mobilenet(data: Path, images: int) -> Iterator[Case]:
     """Public float weights and real images, which also calibrate it."""
     config = DataConfig("imagenet", normalization="half", workers=0)
     source = open_source(config, data / "imagenet" / "nips2017", "cpu")
-    found = []
     test = list(itertools.islice(source.test_batches(20), max(1, images // 20)))
     batches = [x for x, _ in test[:2]]
     for bits in ((8, 8), (4, 8)):
         model = calibrated(ModelConfig("mobilenet_v1", 1000), data / MOBILENET, BitPolicy(*bits, "8bit"), batches)
-        found.append(measure(f"mobilenet_v1 W{bits[0]}A{bits[1]}, calibrated", model, batches[0], test, rounds=10))
-    return found
+        yield Case(f"mobilenet_v1 W{bits[0]}A{bits[1]}, calibrated", model, batches[0], test, rounds=10)
 
 
 def main() -> None:
@@ -109,6 +119,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--runs", nargs="*", type=Path, default=[])
     parser.add_argument("--images", type=int)
+    parser.add_argument("--target", default="onnxruntime")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--out", type=Path, default=Path("results/export.json"))
     given = parser.parse_args()
@@ -117,7 +128,7 @@ def main() -> None:
         "resnet18": lambda: resnet18(given.rounds),
         "mobilenet": lambda: mobilenet(given.data, given.images or 100),
     }
-    models = [row for part in given.parts for row in parts[part]()]
+    models = [measure(case, given.target) for part in given.parts for case in parts[part]()]
     given.out.write_text(json.dumps({"environment": environment(0), "models": models}, indent=1) + "\n")
 
 

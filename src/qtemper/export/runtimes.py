@@ -111,13 +111,14 @@ def optimised_operators(model: onnx.ModelProto, directory: Path) -> dict[str, in
     return dict(Counter(node.op_type for node in graph.node).most_common())
 
 
-def part(model: onnx.ModelProto, output: str, kind: int, dtype: torch.dtype) -> onnx.ModelProto:
+def part(model: onnx.ModelProto, output: str, kind: int, shape: Sequence[int], dtype: torch.dtype) -> onnx.ModelProto:
     """The nodes of one layer, from the codes that it takes to a value.
 
     Args:
         model: the file.
         output: name of the value.
         kind: onnx's type of codes.
+        shape: of the codes that it takes.
         dtype: of the value.
     """
     made_by = {name: node for node in model.graph.node for name in node.output}
@@ -147,7 +148,7 @@ def part(model: onnx.ModelProto, output: str, kind: int, dtype: torch.dtype) -> 
     graph = onnx.helper.make_graph(
         nodes,
         "layer",
-        [onnx.helper.make_tensor_value_info(entry, kind, None)],
+        [onnx.helper.make_tensor_value_info(entry, kind, shape)],
         [onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT if dtype.is_floating_point else kind, None)],
         [tensor for tensor in model.graph.initializer if tensor.name in used],
     )

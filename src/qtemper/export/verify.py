@@ -6,8 +6,10 @@ both ends of their range, where 8-bit kernels saturate. Every number is about th
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,7 @@ def verify(
                 label = layers.get(name, OUTPUT)
                 report.counts.append(_count(runtime, "whole model", label, found[name], expected, limit))
         if not target.quant_nodes:
-            report.counts += _each_layer(model, integers, values, target, kind)
+            report.counts += _each_layer(model, integers, values, kind, _judges(target, Path(folder)))
         if not (target.quant_nodes or target.signed):
             report.operators = runtimes.optimised_operators(model, Path(folder))
             report.kernels = _kernels(integers, report.operators)
@@ -80,9 +82,8 @@ def _runners(model: onnx.ModelProto, asked: list[str], target: Target, folder: P
         return found
     found["onnxruntime"] = runtimes.run_onnxruntime(model, asked)
     found[runtimes.REFERENCE] = runtimes.run_reference(model, asked)
-    if target.name == "openvino":
-        with contextlib.suppress(ModuleNotFoundError):
-            found["openvino"] = runtimes.run_openvino(model, asked, folder)
+    if target.name == "openvino" and find_spec("openvino"):
+        found["openvino"] = runtimes.run_openvino(model, asked, folder)
     return found
 
 
@@ -99,7 +100,7 @@ def _limit(runtime: str, output: bool, integers: fx.GraphModule, target: Target,
             for node in integers.graph.nodes
         )
         return EXACT if not output or straight else Limit(1.0, FLOAT_TAIL * scale)
-    return OPENVINO if runtime == "openvino" and not output else None
+    return None
 
 
 def _count(runtime: str, inputs: str, layer: str, found: Any, expected: Any, limit: Limit | None) -> Count:
@@ -131,11 +132,24 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
+def _judges(target: Target, folder: Path) -> dict[str, tuple[Callable[..., runtimes.Runner], Limit]]:
+    """Who runs a target's layers one by one, and how far each may be off."""
+    if target.signed:
+        return {UNOPTIMISED: (partial(runtimes.run_onnxruntime, optimised=False), UNFUSED)}
+    found: dict[str, tuple[Callable[..., runtimes.Runner], Limit]] = {"onnxruntime": (runtimes.run_onnxruntime, EXACT)}
+    if target.name == "openvino" and find_spec("openvino"):
+        found["openvino"] = partial(runtimes.run_openvino, directory=folder), OPENVINO
+    return found
+
+
 def _each_layer(
-    model: onnx.ModelProto, integers: fx.GraphModule, values: dict[str, Any], target: Target, kind: int
+    model: onnx.ModelProto,
+    integers: fx.GraphModule,
+    values: dict[str, Any],
+    kind: int,
+    judges: dict[str, tuple[Callable[..., runtimes.Runner], Limit]],
 ) -> list[Count]:
     """Each layer by itself, on two batches: real codes, and codes at both ends of their range."""
-    runtime, limit = (UNOPTIMISED, UNFUSED) if target.signed else ("onnxruntime", EXACT)
     generator = torch.Generator().manual_seed(0)
     named = {name for node in model.graph.node for name in node.output}
     counts = []
@@ -149,13 +163,14 @@ def _each_layer(
         constants = fx.map_arg(node.args, lambda n: integers.get_buffer(str(n.target)) if n.op == "get_attr" else n)
         expected = node.target(codes, *constants[1:])
         name = node.name if node.name in named else model.graph.output[0].name
-        run = runtimes.run_onnxruntime(
-            runtimes.part(model, name, kind, expected.dtype), [name], optimised=not target.signed
-        )
-        layer, allowed = integers.meta["layers"].get(node.name, node.name), limit
-        if limit is not EXACT and expected.dtype == torch.float32:  # logits: sums that leave the integers
-            allowed = Limit(1.0, FLOAT_TAIL * float(expected.abs().max()))
-        counts.append(_count(runtime, "each layer", layer, run(codes.numpy())[name], expected.numpy(), allowed))
+        alone = runtimes.part(model, name, kind, codes.shape, expected.dtype)
+        layer = integers.meta["layers"].get(node.name, node.name)
+        for runtime, (make, limit) in judges.items():
+            allowed = limit
+            if limit is not EXACT and expected.dtype == torch.float32:  # logits: sums that leave the integers
+                allowed = Limit(1.0, FLOAT_TAIL * float(expected.abs().max()))
+            found = make(alone, [name])(codes.numpy())[name]
+            counts.append(_count(runtime, "each layer", layer, found, expected.numpy(), allowed))
     return counts
 
 
