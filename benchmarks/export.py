@@ -128,8 +128,11 @@ def main() -> None:
         "resnet18": lambda: resnet18(given.rounds),
         "mobilenet": lambda: mobilenet(given.data, given.images or 100),
     }
-    models = [measure(case, given.target) for part in given.parts for case in parts[part]()]
-    given.out.write_text(json.dumps({"environment": environment(0), "models": models}, indent=1) + "\n")
+    document: dict[str, Any] = {"environment": environment(0), "models": []}
+    for part in given.parts:
+        for case in parts[part]():
+            document["models"].append(measure(case, given.target))
+            given.out.write_text(json.dumps(document, indent=1) + "\n")  # after each: a cut run keeps what it has
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qtemper
 from qtemper import fast
@@ -307,3 +308,26 @@ def test_compiled_pooling_is_torchs(size):
     out = torch.compile(pool, fullgraph=True)(x)
     assert torch.equal(out, expected)
     assert torch.equal(torch.autograd.grad(out, x, grad)[0], expected_grad)
+
+
+@pytest.mark.parametrize("where", ["input", "weight"])
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_nan_does_not_become_an_integer(kind, where):
+    layer, x = make(kind)
+    tensor = x if where == "input" else layer.latent_weight.data
+    tensor[(1,) * tensor.dim()] = torch.nan
+    assert run(layer, x, enabled=False)[0].isnan().any()
+    assert run(layer, x, enabled=True)[0].isnan().any()
+
+
+def test_a_layer_is_traced_with_fake_tensors_without_having_run():
+    integer._tried.cache_clear()
+    layer, x = make()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer.eval()(mode.from_tensor(x)).shape == (5, 8, 7, 7)
+
+
+def test_a_dtype_that_the_float_layer_refuses_is_refused():
+    layer, x = make()
+    with pytest.raises(RuntimeError, match="dtype|type"):
+        layer.eval()(x.bfloat16())

@@ -7,6 +7,7 @@ oneDNN multiplies uint8 by int8. Without VNNI or AMX it adds two products in 16 
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,12 @@ class Geometry(NamedTuple):
 POINTWISE = Geometry((1, 1), (0, 0), (1, 1), 1)
 
 
-@torch.library.custom_op("qtemper::convolve_codes", mutates_args=())
+# With a schema, as everywhere here: torch 2.6 does not read one from `list[int]`.
+@torch.library.custom_op(
+    "qtemper::convolve_codes",
+    mutates_args=(),
+    schema="(Tensor x, Tensor w, Tensor scale, int zero_point, int[] geometry, ScalarType dtype) -> Tensor",
+)
 def _convolve_codes(
     x: Tensor, w: Tensor, scale: Tensor, zero_point: int, geometry: list[int], dtype: torch.dtype
 ) -> Tensor:
@@ -81,10 +87,16 @@ def is_exact(
     VNNI the kernel for depthwise convolutions is exact where those for other groups saturate. `geometry` is a
     `Geometry` as a plain tuple: a named one is no constant to torch.compile.
     """
-    return _try_extremes(x_max, zero_point, (w_min, w_max), weight_shape, Geometry(*geometry))
+    return _tried(x_max, zero_point, (w_min, w_max), weight_shape, Geometry(*geometry))
 
 
 @functools.cache
+def _tried(*key: Any) -> bool:
+    # In a thread of its own: whatever traces the caller (fake tensors, torch.export) is set for the caller's thread.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_try_extremes, *key).result()
+
+
 def _try_extremes(
     x_max: int, zero_point: int, w_range: tuple[int, int], weight_shape: tuple[int, ...], geometry: Geometry
 ) -> bool:

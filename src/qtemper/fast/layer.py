@@ -35,12 +35,15 @@ def supported(layer: nn.Module, input: Tensor) -> bool:
         fits = plain and layer.padding_mode == "zeros" and isinstance(layer.padding, tuple) and input.dim() == 4
     else:
         fits = own.forward is nn.Linear.forward and input.dim() >= 2
-    if not fits or input.dtype not in (torch.float32, torch.bfloat16):
+    autocast = torch.is_autocast_enabled(input.device.type)
+    if not fits or input.dtype not in ((torch.float32, torch.bfloat16) if autocast else (torch.float32,)):
         return False
     for quantizer in (layer.weight_quantizer, layer.act_quantizer):
         if not isinstance(quantizer, Quantizer) or not quantizer.enabled or not quantizer.grid.calibrated:
             return False
-        if quantizer._forward_hooks or quantizer._forward_pre_hooks or quantizer._backward_hooks:
+        if quantizer._forward_hooks or quantizer._forward_pre_hooks:
+            return False
+        if quantizer._backward_hooks or quantizer._backward_pre_hooks:
             return False
     if layer.latent_weight.dtype != torch.float32:
         return False

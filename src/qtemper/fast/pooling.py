@@ -14,7 +14,11 @@ from torch import Tensor, nn
 from qtemper import fast
 
 
-@torch.library.custom_op("qtemper::max_pool", mutates_args=())
+@torch.library.custom_op(
+    "qtemper::max_pool",
+    mutates_args=(),
+    schema="(Tensor x, int[] kernel, int[] stride, int[] padding) -> (Tensor, Tensor)",
+)
 def _max_pool(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> tuple[Tensor, Tensor]:
     out, indices = torch.ops.aten.max_pool2d_with_indices(x, kernel, stride, padding)
     return out, indices.to(torch.int32)
@@ -26,7 +30,11 @@ def _(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> tu
     return out, indices.to(torch.int32)
 
 
-@torch.library.custom_op("qtemper::max_pool_backward", mutates_args=())
+@torch.library.custom_op(
+    "qtemper::max_pool_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor indices, int[] size, int[] kernel, int[] stride, int[] padding) -> Tensor",
+)
 def _max_pool_backward(
     grad: Tensor, indices: Tensor, size: list[int], kernel: list[int], stride: list[int], padding: list[int]
 ) -> Tensor:
