@@ -11,7 +11,7 @@ from torch import nn
 
 import qtemper
 from qtemper.errors import CheckpointError, ExportError
-from qtemper.export import convert, integer_model, load_quantized, proof, save_quantized, verify
+from qtemper.export import convert, integer_model, load_quantized, proof, runtimes, save_quantized, verify
 from qtemper.export import onnx as onnx_export
 from qtemper.export.bits import from_planes, planes, shrink
 from qtemper.export.onnx import export_onnx
@@ -247,6 +247,35 @@ def test_what_a_target_cannot_hold_is_refused_before_anything_is_written(method,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_float_network_and_one_that_diverged_are_refused(tmp_path):
+    float_model = ResNetCifar(8).eval()
+    diverged = small("W4A4")
+    diverged.bn1.bias.data[0] = torch.nan
+    for model, says in ((float_model, "no quantized layers"), (diverged, "NaN|not finite")):
+        for target in ("onnxruntime", "qonnx") if model is float_model else ("onnxruntime",):
+            with pytest.raises(ExportError, match=says):
+                export_and_verify(model, images(), tmp_path / "m.onnx", target=target)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_are_judged_one_by_one(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = small("W4A4")
+
+        def forward(self, x):
+            logits = self.body(x)
+            return logits, logits.softmax(1)
+
+    report = export_and_verify(Two().eval(), images(), tmp_path / "m.onnx", rounds=0)
+    exact, tail = [
+        c for c in report.counts if (c.runtime, c.inputs, c.layer) == ("onnxruntime", "whole model", "output")
+    ]
+    assert exact.wrong == 0
+    assert tail.largest < 1e-6
+
+
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch copying its own graph
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
 def test_a_file_that_is_wrong_by_some_codes_is_caught_and_not_written(target, tmp_path, monkeypatch):
@@ -319,26 +348,44 @@ def test_tensorrt_has_symmetric_int8_and_float_biases(tmp_path):
 def test_qonnx_holds_every_grid_as_quant_nodes(bits, converted, tmp_path):
     model = small(bits, "ewgs", rules=())
     report = export_and_verify(convert(model) if converted else model, images(), tmp_path / "m.onnx", target="qonnx")
-    (output,) = [c for c in report.counts if c.layer == "output"]
-    assert output.largest < 1e-3
+    outputs = [c for c in report.counts if c.layer == "output"]
+    assert {c.inputs for c in outputs} == {"whole model", "the trained model"}
+    assert max(c.largest for c in outputs) < 1e-3
     graph = onnx.load(tmp_path / "m.onnx").graph
     assert sum(node.op_type == "Quant" for node in graph.node) == 16
+
+
+@pytest.mark.parametrize("method", ["dorefa", "pact", "rand", "pqde"])  # the first two quantize a function of weights
+def test_qonnx_is_the_trained_model_whatever_the_method(method, tmp_path):
+    qtemper.prepare(
+        model := nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), method, BitPolicy(2, 4, "same")
+    )
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).relu()
+    qtemper.calibrate(model.eval(), [x])
+    onnx_export.export_onnx(model, x, tmp_path / "m.onnx", target="qonnx")
+    found = runtimes.run_reference(onnx.load(tmp_path / "m.onnx"), names := ["linear_1"])(x.numpy())[names[0]]
+    with torch.no_grad():
+        assert np.allclose(found, model(x).numpy(), atol=1e-5)
 
 
 def test_openvino_computes_the_same_codes(tmp_path):
     pytest.importorskip("openvino")
     report = export_and_verify(small("W2A2"), images(), tmp_path / "m.onnx", target="openvino", rounds=0)
-    counts = [c for c in report.counts if c.runtime == "openvino" and c.layer != "output"]
+    counts = [c for c in report.counts if (c.runtime, c.inputs) == ("openvino", "each layer") and c.layer != "linear"]
     assert counts
     assert max(c.largest for c in counts) <= 1
     assert sum(c.wrong for c in counts) <= 1e-4 * sum(c.codes for c in counts)
 
 
-@pytest.mark.parametrize(("bits", "method"), [("W1A1", "lsq"), ("W2A4", "ewgs"), ("W8A8", "tempering")])
+@pytest.mark.parametrize(
+    ("bits", "method"),
+    [("W1A1", "lsq"), ("W2A4", "ewgs"), ("W8A8", "tempering"), ("W32A8", "tempering"), ("W4A32", "lsq")],
+)
 def test_packed_weights_are_the_same_model(bits, method, tmp_path):
     model, x, path = small(bits, method), images(), tmp_path / "m.safetensors"
     converted = convert(model)
-    assert not any(name.endswith(".weight") and p.dim() > 1 for name, p in converted.named_parameters())
+    latent = [name for name, p in converted.named_parameters() if name.endswith(".weight") and p.dim() > 1]
+    assert bool(latent) == ("W32" in bits)
     save_quantized(model, path)
     loaded = load_quantized(path, ResNetCifar(8))
     assert equal(converted(x), loaded(x))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from qtemper.config import Experiment
 from qtemper.data import Source, open_source
+from qtemper.errors import ConfigError
 from qtemper.export import integer_model
 from qtemper.pipeline import load_run
 from qtemper.run import RunDir
@@ -26,6 +28,14 @@ def example_batch(experiment: Experiment, source: Source) -> torch.Tensor:
     """Real inputs for export, training images without augmentation."""
     count = EXAMPLES // 8 if experiment.data.name == "imagenet" else EXAMPLES
     return source.calibration_batches(count, 1, seed=experiment.seed)[0]
+
+
+def _first(images: int, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    for x, labels in batches:
+        yield x[:images], labels[:images]
+        images -= len(x)
+        if images <= 0:
+            return
 
 
 def integer_top1(run: RunDir, data: Path | None = None) -> float:
@@ -51,11 +61,14 @@ def export_run(
         The report, a `qtemper.export.report.Report`.
 
     Raises:
+        ConfigError: `images` is below 1.
         ExportError: the target cannot hold the model, or the file is not what the integer model computes.
     """
     from qtemper.export.proof import export_and_verify
 
+    if images is not None and images < 1:
+        raise ConfigError(f"--images must be at least 1, got {images}; leave it out for all.")
     experiment, model = load_run(run)
     source = open_source(experiment.data, data or run.data_directory(), "cpu")
-    test = itertools.islice(source.test_batches(100), None if images is None else max(1, images // 100))
+    test = source.test_batches(100) if images is None else _first(images, source.test_batches(100))
     return export_and_verify(model, example_batch(experiment, source), path, target=target, test=test)

@@ -59,6 +59,16 @@ class IntegerWeight:
     bits: int
 
 
+def require_quantized(model: nn.Module) -> None:
+    """Whether there is anything to export.
+
+    Raises:
+        ExportError: there is not.
+    """
+    if not any(isinstance(module, QuantLayer) for module in model.modules()):
+        raise ExportError("the model has no quantized layers; prepare, calibrate and train it first.")
+
+
 def float32(x: float) -> float:
     """The nearest float32 number."""
     return float(torch.tensor(x, dtype=torch.float32))
@@ -127,8 +137,7 @@ def activation_codes(name: str, quantizer: Quantizer, *, signed: bool = False) -
     every = torch.arange(qmin, qmax + 1, dtype=torch.float32)
     with torch.no_grad():
         scale = float32(float(quantizer.grid.scale(every).reshape(-1)[0]))
-        device = next((p.device for p in quantizer.grid.parameters()), every.device)
-        x_hat = quantizer.grid.decode_for(every.to(device), every.to(device), every.to(device)).cpu().double()
+        x_hat = quantizer.grid.decode_for(every, every, every).double()
     expected = (every.double() - zero_point) * scale
     if (x_hat - expected).abs().max() > TOLERANCE * expected.abs().max():
         raise ExportError(

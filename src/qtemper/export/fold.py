@@ -57,7 +57,7 @@ def fold(name: str, weight: IntegerWeight, bias: Tensor | None, norms: list[list
         x: grid of the input.
 
     Raises:
-        ExportError: codes that int8 cannot hold, sums that int32 cannot hold.
+        ExportError: codes that int8 cannot hold, sums that int32 cannot hold, numbers that are not finite.
     """
     channels = weight.codes.shape[0]
     gain = torch.ones(channels, dtype=torch.float64)
@@ -67,6 +67,8 @@ def fold(name: str, weight: IntegerWeight, bias: Tensor | None, norms: list[list
         factor = factor if gamma is None else factor * gamma.detach().cpu().double()
         gain, offset = gain * factor, factor * (offset - mean.detach().cpu().double())
         offset = offset if beta is None else offset + beta.detach().cpu().double()
+    if not (torch.isfinite(gain).all() and torch.isfinite(offset).all()):
+        raise ExportError(f"{name}: its bias or the batch norm behind it is not finite; the training diverged.")
     scale = weight.scale.double() * gain
     codes = weight.codes.to(torch.int32)
     # Runtimes want positive scales: a channel turns its sign, unless it has a -128, whose opposite int8 does not have.

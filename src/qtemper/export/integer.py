@@ -33,7 +33,7 @@ from qtemper.export.chains import (
     layer_of,
     relu_bounds,
 )
-from qtemper.export.codes import Codes, IntegerWeight, activation_codes, integer_weight
+from qtemper.export.codes import Codes, IntegerWeight, activation_codes, integer_weight, require_quantized
 from qtemper.export.fold import check_int8, fold
 from qtemper.export.joins import fit_joins
 from qtemper.export.trace import run_marked, trace
@@ -57,8 +57,10 @@ def integer_model(model: nn.Module, example: Tensor, *, signed: bool = False) ->
         maps the names of nodes with codes to layers.
 
     Raises:
-        ExportError: a quantized tensor that integers cannot hold, or a model that torch.export cannot follow.
+        ExportError: no quantized layers, a quantized tensor that integers cannot hold, or a model that torch.export
+            cannot follow.
     """
+    require_quantized(model)
     model, example = copy.deepcopy(model).cpu(), example.cpu()
     graph = trace(model, example)
     return _Builder(model, graph, example, signed).build()

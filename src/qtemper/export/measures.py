@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import onnx
 import torch
@@ -12,8 +14,8 @@ from torch import Tensor, fx, nn
 from qtemper.export import runtimes
 from qtemper.export.bits import shrink
 from qtemper.export.operators import KERNELS
-from qtemper.export.report import DISAGREE
-from qtemper.export.verify import tensors_of
+from qtemper.export.targets import Target
+from qtemper.export.verify import stand_ins, tensors_of
 from qtemper.layers import QuantLayer, StoredWeight
 
 
@@ -41,30 +43,41 @@ def sizes(model: nn.Module, integers: fx.GraphModule, file: int) -> dict[str, in
 
 
 def accuracies(
-    batches: Iterable[tuple[Tensor, Tensor]], integers: fx.GraphModule, model: onnx.ModelProto, fake: nn.Module
+    batches: Iterable[tuple[Tensor, Tensor]],
+    trained: nn.Module,
+    graph: nn.Module,
+    file: onnx.ModelProto,
+    target: Target,
 ) -> dict[str, float]:
-    """Top-1 in percent of the fake-quantized model, the integer model and the file; and images whose logits differ."""
-    output = model.graph.output[0].name
-    run = runtimes.run_onnxruntime(model, [output])
-    right = {"fake-quantized": 0, "integer": 0, "onnxruntime": 0}
-    seen = different = disagree = 0
-    with torch.no_grad():
+    """Top-1 in percent of the trained model, of the file's graph, and of the file by whoever runs it here.
+
+    Also the share of images that each of the others classifies otherwise than the graph.
+    """
+    base = "quant nodes" if target.quant_nodes else "integer"
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "fake-quantized": lambda x: tensors_of(trained(x))[0],
+        base: lambda x: tensors_of(graph(x))[0],
+    }
+    output = file.graph.output[0].name
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        for name, make in stand_ins(target, Path(folder)).items():
+            if name != runtimes.REFERENCE:  # too slow
+                run = make(file, [output])
+                ways[name] = lambda x, run=run: torch.from_numpy(run(x.numpy())[output])  # type: ignore[misc]
+        right, others = dict.fromkeys(ways, 0), dict.fromkeys((n for n in ways if n != base), 0)
+        seen = 0
         for batch in batches:
             x, labels = (tensor.cpu() for tensor in batch)
-            logits = {
-                "fake-quantized": tensors_of(fake(x))[0],
-                "integer": tensors_of(integers(x))[0],
-                "onnxruntime": torch.from_numpy(run(x.numpy())[output]),
-            }
-            for name, values in logits.items():
-                right[name] += int((values.argmax(1) == labels).sum())
-            disagree += int((logits["integer"].argmax(1) != logits["onnxruntime"].argmax(1)).sum())
-            different += int((logits["integer"] != logits["onnxruntime"]).any(1).sum())
+            classes = {name: way(x).argmax(1) for name, way in ways.items()}
+            for name, found in classes.items():
+                right[name] += int((found == labels).sum())
+            for name in others:
+                others[name] += int((classes[name] != classes[base]).sum())
             seen += len(labels)
     if not seen:
         return {}
     share = {name: 100 * count / seen for name, count in right.items()}
-    return share | {DISAGREE: 100 * disagree / seen, "logits differ": 100 * different / seen}
+    return share | {f"{name} and {base} differ": 100 * count / seen for name, count in others.items()}
 
 
 def compare_latency(

@@ -279,7 +279,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, *, target: str = 
     `verify.verify` proves what the file computes; the command `qtemper export` always does.
 
     Args:
-        model: not changed.
+        model: on any device; not changed.
         example: a batch of real inputs, two at least; scales of 8-bit values between layers are fitted to it. The file
             takes any batch size.
         path: of the file; an existing one is replaced, in one step.
@@ -288,7 +288,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, *, target: str = 
     Raises:
         ExportError: the target cannot hold the model; the message names the layer.
     """
-    wanted = get_target(target)
+    wanted, example = get_target(target), example.cpu()
     onnx_model = build_onnx(graph_for(model, example, wanted), example, wanted)
     write_atomically(path, ir.serde.serialize_model(onnx_model).SerializeToString())
 

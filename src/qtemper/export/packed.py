@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from qtemper import layers
 from qtemper.errors import CheckpointError, ExportError
 from qtemper.export.bits import from_planes, planes, shrink
-from qtemper.export.codes import activation_codes, integer_weight
+from qtemper.export.codes import activation_codes, integer_weight, require_quantized
 from qtemper.functional import Levels
 from qtemper.layers import QuantLayer, StoredWeight
 from qtemper.methods import get_method
 from qtemper.policy import FLOAT_BITS, Plan, Row
 from qtemper.prepare import prepare
-from qtemper.quantizer import Quantizer, quantizers
+from qtemper.quantizer import Quantizer
 from qtemper.train.state import save_tensors
 from qtemper.train.weights import load_strictly, read_metadata, read_safetensors
 
@@ -39,9 +39,8 @@ def convert(model: nn.Module) -> nn.Module:
         ExportError: a weight or activation whose levels are no multiples of one step.
         NotCalibratedError: a quantizer has no scale yet.
     """
+    require_quantized(model)
     model = copy.deepcopy(model).cpu().eval()
-    if not any(isinstance(module, QuantLayer) for module in model.modules()):
-        raise ExportError("the model has no quantized layers; prepare, calibrate and train it first.")
     for name, layer in model.named_modules():
         if not isinstance(layer, QuantLayer):
             continue
@@ -89,8 +88,7 @@ def save_quantized(model: nn.Module, path: Path) -> None:
         ExportError: see `convert`.
         CheckpointError: the file cannot be written.
     """
-    if any(True for _, q in quantizers(model) if q.name.endswith("weight_quantizer")):
-        model = convert(model)
+    model = convert(model)
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     if len(names) > len(list(model.named_modules())):
         raise ExportError(

@@ -21,7 +21,7 @@ from qtemper.export import measures
 from qtemper.export.onnx import build_onnx, graph_for
 from qtemper.export.report import Report
 from qtemper.export.targets import get_target
-from qtemper.export.verify import verify
+from qtemper.export.verify import against_training, verify
 from qtemper.train.state import write_atomically
 
 
@@ -61,10 +61,11 @@ def export_and_verify(
     report = verify(proto, graph, example[:32], wanted)
     report.sizes = measures.sizes(model, graph, len(file))
     report.in_float = measures.left_in_float(model, graph)
-    if not (wanted.quant_nodes or wanted.signed):
-        report.top1 = measures.accuracies(test, graph, proto, model)
-        if rounds:
-            report.latency = measures.compare_latency(proto, float_onnx(model, example), example[:1], rounds)
+    if wanted.quant_nodes:
+        report.counts.append(against_training(graph, model, example[:32]))
+    report.top1 = measures.accuracies(test, model, graph, proto, wanted)
+    if rounds and not (wanted.quant_nodes or wanted.signed):
+        report.latency = measures.compare_latency(proto, float_onnx(model, example), example[:1], rounds)
     failures, failed = report.failures(), path.with_name(path.name + ".failed.json")
     if failures:
         write_atomically(failed, report.to_json().encode())

@@ -6,11 +6,13 @@ Pappalardo et al., "QONNX: Representing Arbitrary-Precision Quantized Neural Net
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, fx, nn
 
 from qtemper.export.chains import is_weight_mark, layer_of
-from qtemper.export.codes import activation_codes, integer_weight
+from qtemper.export.codes import activation_codes, integer_weight, require_quantized
 from qtemper.export.operators import ops
 from qtemper.export.trace import MARK, trace
 from qtemper.layers import weight_channel_axis
@@ -21,8 +23,10 @@ def quant_model(model: nn.Module, example: Tensor) -> fx.GraphModule:
     """The fake-quantized model as a graph of torch's operators and `quant`.
 
     Raises:
-        ExportError: a quantizer whose levels are no multiples of a step.
+        ExportError: no quantized layers, or a quantizer whose levels are no multiples of a step.
     """
+    require_quantized(model)
+    model, example = copy.deepcopy(model).cpu(), example.cpu()
     graph = trace(model, example)
     marks = [node for node in graph.graph.nodes if node.target is MARK]
     for index, node in enumerate(marks):
@@ -34,19 +38,28 @@ def quant_model(model: nn.Module, example: Tensor) -> fx.GraphModule:
             doubled = bool((weight.codes % 2 != 0).all())
             shape = [1] * weight.codes.dim()
             shape[weight_channel_axis(owner)] = -1
-            scale = weight.scale.reshape(shape) * (2 if doubled else 1)
-            zero_point, bits, signed = -0.5 if doubled else 0.0, weight.bits, True
+            step = weight.scale.reshape(shape)
+            # The weight's own levels, not the latent weight: a method may quantize a function of it.
+            value = _constant(graph, node, f"quant_weight_{index}", weight.codes * step)
+            scale, zero_point, bits, signed = step * (2 if doubled else 1), -0.5 if doubled else 0.0, weight.bits, True
         else:
             quantizer = model.get_submodule(str(node.args[1]))
             assert isinstance(quantizer, Quantizer)
             codes = activation_codes(layer, quantizer)
-            scale, zero_point, bits = torch.tensor([codes.scale]), 0.0, quantizer.spec.bits
-            signed = codes.low < codes.zero_point
-        graph.register_buffer(f"quant_scale_{index}", scale.float())
+            value, scale = node.args[0], torch.tensor([codes.scale])
+            zero_point, bits, signed = 0.0, quantizer.spec.bits, codes.low < codes.zero_point
+        constant = _constant(graph, node, f"quant_scale_{index}", scale)
         with graph.graph.inserting_before(node):
-            constant = graph.graph.get_attr(f"quant_scale_{index}")
-            new = graph.graph.call_function(ops.quant.default, (node.args[0], constant, zero_point, bits, signed))
+            new = graph.graph.call_function(ops.quant.default, (value, constant, zero_point, bits, signed))
         node.replace_all_uses_with(new)
         graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.delete_all_unused_submodules()
     graph.recompile()
     return graph
+
+
+def _constant(graph: fx.GraphModule, before: fx.Node, name: str, value: Tensor) -> fx.Node:
+    graph.register_buffer(name, value.float())
+    with graph.graph.inserting_before(before):
+        return graph.graph.get_attr(name)

@@ -112,7 +112,8 @@ class Report:
             wrong, codes, largest = sum(c.wrong for c in own), sum(c.codes for c in own), max(c.largest for c in own)
             lines.append(f"{runtime + ', ' + inputs:36s} {wrong} of {codes} codes wrong, by at most {largest:g}")
         if self.operators:
-            lines.append(f"{'integer kernels':36s} {self.kernels[1]} of {self.kernels[0]}")
+            none = "" if self.kernels[0] else ": no layer has both its operands quantized"
+            lines.append(f"{'integer kernels':36s} {self.kernels[1]} of {self.kernels[0]}{none}")
         if self.in_float:
             lines.append(f"{'quantized layers left in float':36s} {', '.join(self.in_float)}")
         for name, size in self.sizes.items():

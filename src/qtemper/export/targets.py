@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 from qtemper.errors import ExportError, nearest
 
@@ -17,23 +18,30 @@ class Target:
         signed: int8 codes whose zero is 0 everywhere, weights of one byte, a float bias; otherwise uint8 codes, and
             weights as small as they go.
         quant_nodes: QONNX's operator `Quant` on float tensors, any width, instead of integers.
-        about: one line for a user.
     """
 
     name: str
     int2: bool = False
     signed: bool = False
     quant_nodes: bool = False
-    about: str = ""
+
+
+def _reads_int2() -> bool:
+    """Whether the onnxruntime that is installed does: 1.24 was the first, and the last for Python 3.10 is 1.23."""
+    try:
+        installed = version("onnxruntime")
+    except PackageNotFoundError:
+        return True
+    return tuple(int(part) for part in installed.split(".")[:2]) >= (1, 24)
 
 
 TARGETS = {
     target.name: target
     for target in (
-        Target("onnxruntime", int2=True, about="CPUs, 1.22 or newer; checked by running it"),
-        Target("openvino", about="Intel CPUs; the same file with INT4 for INT2; checked by running it if installed"),
-        Target("tensorrt", signed=True, about="NVIDIA GPUs; symmetric int8; checked by its structure only"),
-        Target("qonnx", quant_nodes=True, about="FPGA flows (FINN, hls4ml); any width; checked by its structure only"),
+        Target("onnxruntime", int2=_reads_int2()),
+        Target("openvino"),
+        Target("tensorrt", signed=True),
+        Target("qonnx", quant_nodes=True),
     )
 }
 

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from qtemper.environment import cpu_flags
@@ -28,6 +28,15 @@ from qtemper.export.report import EXACT, OPENVINO, OUTPUT, UNFUSED, Count, Limit
 from qtemper.export.targets import Target
 
 UNOPTIMISED = "onnxruntime, unoptimised"
+
+LIMITS = {"onnxruntime": EXACT, "openvino": OPENVINO, UNOPTIMISED: UNFUSED}
+"""Of one layer by itself."""
+
+INFORMATION: dict[str, Callable[..., runtimes.Runner]] = {
+    UNOPTIMISED: partial(runtimes.run_onnxruntime, optimised=False),
+    runtimes.REFERENCE: runtimes.run_reference,
+}
+"""Who also runs a file, whatever it finds: float sums flip codes, which the layers behind amplify."""
 
 FLOAT_TAIL = 1e-3
 """Of the largest number: what an output may differ by that passes through float layers, which sum in another order."""
@@ -54,52 +63,55 @@ def verify(
     known = {name for node in model.graph.node for name in node.output}
     layers = {n: layer for n, layer in integers.meta.get("layers", {}).items() if n in values and n in known}
     outputs = dict(zip((output.name for output in model.graph.output), returned, strict=True))
+    returns = [n for n in tree_leaves(integers.graph.output_node().args) if isinstance(n, fx.Node)]
+    made_by = dict(zip(outputs, returns, strict=True))
     asked = [*layers, *(name for name in outputs if name not in layers)]
     kind = onnx.TensorProto.INT8 if target.signed else onnx.TensorProto.UINT8
     exposed = runtimes.with_outputs(model, list(layers), kind)
     with tempfile.TemporaryDirectory() as folder:
-        for runtime, run in _runners(exposed, asked, target, Path(folder)).items():
+        judges = stand_ins(target, Path(folder))
+        others = {} if target.quant_nodes or target.signed else INFORMATION
+        for runtime, make in {**others, **judges}.items():
+            run = make(exposed, asked)
             x = inputs[:reference_inputs] if runtime == runtimes.REFERENCE else inputs
             found = run(x.numpy())
             for name in asked:
                 expected = (values | outputs)[name][: len(x)]
-                limit = _limit(runtime, name in outputs, integers, target, expected)
+                limit = _limit(runtime, made_by.get(name), integers, target, expected)
                 label = layers.get(name, OUTPUT)
                 report.counts.append(_count(runtime, "whole model", label, found[name], expected, limit))
         if not target.quant_nodes:
-            report.counts += _each_layer(model, integers, values, kind, _judges(target, Path(folder)))
+            names = {node: name for name, node in made_by.items()}
+            report.counts += _each_layer(model, integers, values, names, kind, judges)
         if not (target.quant_nodes or target.signed):
             report.operators = runtimes.optimised_operators(model, Path(folder))
             report.kernels = _kernels(integers, report.operators)
     return report
 
 
-def _runners(model: onnx.ModelProto, asked: list[str], target: Target, folder: Path) -> dict[str, runtimes.Runner]:
+def stand_ins(target: Target, folder: Path) -> dict[str, Callable[..., runtimes.Runner]]:
+    """Who runs a target's files here, by name; `folder` is for files that a runtime reads."""
     if target.quant_nodes:
-        return {runtimes.REFERENCE: runtimes.run_reference(model, asked)}
-    found = {UNOPTIMISED: runtimes.run_onnxruntime(model, asked, optimised=False)}
+        return {runtimes.REFERENCE: runtimes.run_reference}
     if target.signed:  # nothing here runs it as TensorRT does; its arithmetic is checked without fusion
-        return found
-    found["onnxruntime"] = runtimes.run_onnxruntime(model, asked)
-    found[runtimes.REFERENCE] = runtimes.run_reference(model, asked)
+        return {UNOPTIMISED: partial(runtimes.run_onnxruntime, optimised=False)}
+    found: dict[str, Callable[..., runtimes.Runner]] = {"onnxruntime": runtimes.run_onnxruntime}
     if target.name == "openvino" and find_spec("openvino"):
-        found["openvino"] = runtimes.run_openvino(model, asked, folder)
+        found["openvino"] = partial(runtimes.run_openvino, directory=folder)
     return found
 
 
-def _limit(runtime: str, output: bool, integers: fx.GraphModule, target: Target, expected: Any) -> Limit | None:
-    """What a value of the whole model may differ by."""
+def _limit(
+    runtime: str, output: fx.Node | None, integers: fx.GraphModule, target: Target, expected: Any
+) -> Limit | None:
+    """What a value of the whole model may differ by; `output` is what makes it if the model returns it."""
     scale = float(np.abs(expected).max(initial=0.0))
     if target.quant_nodes:
         return Limit(1.0, FLIPPED * scale) if output else None
     if not any(node.target in KERNELS for node in integers.graph.nodes):  # float sums alone, from end to end
         return Limit(1.0, FLOAT_TAIL * scale) if output else None
     if runtime == "onnxruntime":
-        straight = any(
-            node.target is ops.linear_real.default and any(user.op == "output" for user in node.users)
-            for node in integers.graph.nodes
-        )
-        return EXACT if not output or straight else Limit(1.0, FLOAT_TAIL * scale)
+        return Limit(1.0, FLOAT_TAIL * scale) if output and output.target is not ops.linear_real.default else EXACT
     return None
 
 
@@ -109,6 +121,15 @@ def _count(runtime: str, inputs: str, layer: str, found: Any, expected: Any, lim
     a, b = found.astype(np.float64), expected.astype(np.float64)
     wrong = int((~(a == b)).sum())  # NaN counts
     return Count(runtime, inputs, layer, a.size, wrong, float(np.abs(a - b).max(initial=0.0)), limit)
+
+
+def against_training(graph: nn.Module, model: nn.Module, inputs: Tensor) -> Count:
+    """What a file's graph returns, beside the trained model: equal but for flipped codes if all values are float."""
+    with torch.no_grad():
+        found, expected = (tensors_of(m(inputs))[0].numpy() for m in (graph, model))
+    return _count(
+        "torch", "the trained model", OUTPUT, found, expected, Limit(1.0, FLIPPED * float(np.abs(expected).max()))
+    )
 
 
 def run_integers(integers: fx.GraphModule, inputs: Tensor) -> tuple[dict[str, Any], list[Any]]:
@@ -132,26 +153,16 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _judges(target: Target, folder: Path) -> dict[str, tuple[Callable[..., runtimes.Runner], Limit]]:
-    """Who runs a target's layers one by one, and how far each may be off."""
-    if target.signed:
-        return {UNOPTIMISED: (partial(runtimes.run_onnxruntime, optimised=False), UNFUSED)}
-    found: dict[str, tuple[Callable[..., runtimes.Runner], Limit]] = {"onnxruntime": (runtimes.run_onnxruntime, EXACT)}
-    if target.name == "openvino" and find_spec("openvino"):
-        found["openvino"] = partial(runtimes.run_openvino, directory=folder), OPENVINO
-    return found
-
-
 def _each_layer(
     model: onnx.ModelProto,
     integers: fx.GraphModule,
     values: dict[str, Any],
+    outputs: dict[fx.Node, str],
     kind: int,
-    judges: dict[str, tuple[Callable[..., runtimes.Runner], Limit]],
+    judges: dict[str, Callable[..., runtimes.Runner]],
 ) -> list[Count]:
     """Each layer by itself, on two batches: real codes, and codes at both ends of their range."""
     generator = torch.Generator().manual_seed(0)
-    named = {name for node in model.graph.node for name in node.output}
     counts = []
     for node in integers.graph.nodes:
         if node.target not in KERNELS:
@@ -162,12 +173,12 @@ def _each_layer(
         codes = torch.cat([mixed.to(real.dtype), torch.full_like(real[:1], high), real])
         constants = fx.map_arg(node.args, lambda n: integers.get_buffer(str(n.target)) if n.op == "get_attr" else n)
         expected = node.target(codes, *constants[1:])
-        name = node.name if node.name in named else model.graph.output[0].name
+        name = outputs.get(node, node.name)
         alone = runtimes.part(model, name, kind, codes.shape, expected.dtype)
         layer = integers.meta["layers"].get(node.name, node.name)
-        for runtime, (make, limit) in judges.items():
-            allowed = limit
-            if limit is not EXACT and expected.dtype == torch.float32:  # logits: sums that leave the integers
+        for runtime, make in judges.items():
+            allowed = LIMITS[runtime]
+            if allowed is not EXACT and expected.dtype == torch.float32:  # logits: sums that leave the integers
                 allowed = Limit(1.0, FLOAT_TAIL * float(expected.abs().max()))
             found = make(alone, [name])(codes.numpy())[name]
             counts.append(_count(runtime, "each layer", layer, found, expected.numpy(), allowed))
