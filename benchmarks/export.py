@@ -26,9 +26,9 @@ import qtemper
 from qtemper.data import DataConfig, Source, open_source
 from qtemper.deploy import example_batch
 from qtemper.environment import environment
+from qtemper.evaluation import load_run
 from qtemper.export.proof import export_and_verify
 from qtemper.models import ModelConfig, build
-from qtemper.pipeline import load_run
 from qtemper.policy import BitPolicy
 from qtemper.run import RunDir
 from qtemper.train.weights import read_safetensors

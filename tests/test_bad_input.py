@@ -23,7 +23,8 @@ from qtemper.config import Experiment, override
 from qtemper.models import ModelConfig, build
 from qtemper.recipes import get_recipe
 from qtemper.run import RunDir
-from qtemper.train.state import TrainState, save_checkpoint
+from qtemper.train.snapshot import TrainState
+from qtemper.train.state import save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

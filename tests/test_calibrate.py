@@ -141,15 +141,3 @@ class Wrapped(nn.Module):
 
     def forward(self, pixels):
         return self.inner(pixels)
-
-
-def test_float_mode_is_the_float_network():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
-    x = torch.randn(8, 3)
-    expected = model(x)
-    qtemper.prepare(model, "tempering", BitPolicy(1, 1, "same"))
-    with qtemper.float_mode(model):
-        assert torch.equal(model(x), expected)
-    qtemper.calibrate(model, [x])
-    assert not torch.equal(model(x), expected)

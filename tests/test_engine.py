@@ -34,10 +34,12 @@ from qtemper.train import (
     evaluate,
     fit,
 )
-from qtemper.train.engine import temperature
+from qtemper.train.evaluation import temperature
 from qtemper.train.metrics import MetricsLog
 from qtemper.train.optim import build_loss, build_optimizers, set_learning_rate
-from qtemper.train.state import TrainState, load_checkpoint, load_model, read_safetensors
+from qtemper.train.snapshot import TrainState
+from qtemper.train.state import load_checkpoint, load_model
+from qtemper.train.weights import read_safetensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -654,6 +656,10 @@ def test_evaluate_keeps_the_mode_and_counts_every_image(data: ImageData) -> None
     assert model.training
     assert uneven == evaluate(model.eval(), source(data), batch_size=24)
     assert not model.training
+    model.train().register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model, source(data))
+    assert model.training
 
 
 def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(data: ImageData, tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ from qtemper.config import Experiment, from_dict, from_json, override, to_dict
 from qtemper.errors import CheckpointError, ConfigError
 from qtemper.recipes import get_recipe
 from qtemper.run import RunDir
-from qtemper.train.state import TrainState, load_checkpoint, load_model, save_checkpoint, save_tensors
+from qtemper.train.snapshot import TrainState
+from qtemper.train.state import load_checkpoint, load_model, save_checkpoint
+from qtemper.train.weights import save_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

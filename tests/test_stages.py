@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qtemper import pipeline
+from qtemper import evaluation, pipeline
 from qtemper.cli import print_result
 from qtemper.compare.grid import Arm, make_runs
 from qtemper.compare.record import read
@@ -75,7 +75,7 @@ def test_killed_inside_the_second_stage(experiment, alone, tmp_path):
     assert [path.name for path in run.stage("W4A4").checkpoints.glob("step-*")] == [f"step-{STEPS:08d}"]
     assert not run.checkpoints.exists()
     with pytest.raises(CheckpointError, match="still in its stages"):
-        pipeline.load_run(run)
+        evaluation.load_run(run)
     pipeline.train(experiment, run, resume=True)
     assert same_weights(run, alone)
     assert run.read_result() == alone.read_result()
@@ -125,7 +125,7 @@ def test_each_stage_is_a_complete_run_and_in_the_result(experiment, alone, capsy
     result = alone.read_result()
     assert [(stage["bits"], stage["epochs"]) for stage in result["stages"]] == [("W8A8", 1), ("W4A4", 2)]
     for stage, bits in zip(result["stages"], (8, 4), strict=True):
-        own, model = pipeline.load_run(alone.stage(stage["bits"]))
+        own, model = evaluation.load_run(alone.stage(stage["bits"]))
         assert (own.policy.weight, own.policy.first_last, own.stages) == (bits, experiment.policy.first_last, ())
         assert evaluate(model, open_source(own.data)) == stage["top1"]
         assert stage["float_top1"] == result["float_top1"]  # the float network's, not the latent weights'

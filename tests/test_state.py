@@ -21,18 +21,12 @@ from torch import Tensor, nn
 
 from qtemper import BitPolicy, calibrate, prepare
 from qtemper.errors import CheckpointError
+from qtemper.train import files
 from qtemper.train import state as state_module
-from qtemper.train.state import (
-    KEEP,
-    TrainState,
-    load_checkpoint,
-    load_model,
-    load_strictly,
-    read_safetensors,
-    save_checkpoint,
-    save_tensors,
-    write_atomically,
-)
+from qtemper.train.files import write_atomically
+from qtemper.train.snapshot import TrainState
+from qtemper.train.state import KEEP, load_checkpoint, load_model, save_checkpoint
+from qtemper.train.weights import load_strictly, read_safetensors, save_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -304,7 +298,7 @@ def test_an_atomic_write_keeps_the_old_file_when_it_fails(tmp_path: Path, monkey
         path.write_bytes(data[:1])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(state_module, "write_synced", full)
+    monkeypatch.setattr(files, "write_synced", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         write_atomically(tmp_path / "x", b"new")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"old")]

@@ -22,10 +22,11 @@ from benchmarks.faults.table import Row, counted, row
 from safetensors.torch import load, save
 
 from qtemper.errors import CheckpointError
-from qtemper.pipeline import build_model
+from qtemper.evaluation import build_model
 from qtemper.run import RunDir
 from qtemper.train.optim import build_optimizers
-from qtemper.train.state import TrainState, load_checkpoint, load_model
+from qtemper.train.snapshot import TrainState
+from qtemper.train.state import load_checkpoint, load_model
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 MEMORY = 200 * 2**20

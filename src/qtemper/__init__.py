@@ -4,7 +4,7 @@
 optimizer, and `set_progress` (or `Tempering.step`) goes once into each training step.
 """
 
-from qtemper.calibrate import calibrate, float_mode, reestimate_batch_norm
+from qtemper.calibrate import calibrate, reestimate_batch_norm
 from qtemper.curvature import update_curvature
 from qtemper.errors import (
     CalibrationError,
@@ -15,6 +15,7 @@ from qtemper.errors import (
 )
 from qtemper.methods import available as methods_available
 from qtemper.methods import get_method
+from qtemper.modes import float_mode
 from qtemper.policy import BitPolicy, Plan, Row, Rule, make_plan
 from qtemper.prepare import latent_state, param_groups, prepare, quantizer_table
 from qtemper.progress import Tempering, set_progress

@@ -6,9 +6,8 @@ it saw; weights are at hand. All scales are found before any is set, so a failur
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -18,6 +17,7 @@ from qtemper import functional as F
 from qtemper.errors import CalibrationError
 from qtemper.functional import CodeRange, Levels
 from qtemper.layers import QuantLayer
+from qtemper.modes import eval_mode, float_mode
 from qtemper.quantizer import Quantizer, QuantSpec, quantizers
 
 Observer = Literal["mse", "percentile", "max", "lsq"]
@@ -73,19 +73,6 @@ def calibrate(
     return model
 
 
-@contextlib.contextmanager
-def float_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """The model with all quantizers off: the float network with the latent weights, inside a `with`."""
-    affected = [quantizer for _, quantizer in quantizers(model) if quantizer.enabled]
-    for quantizer in affected:
-        quantizer.enabled = False
-    try:
-        yield model
-    finally:
-        for quantizer in affected:
-            quantizer.enabled = True
-
-
 def reestimate_batch_norm(
     model: nn.Module, batches: Iterable[Any], *, forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> None:
@@ -102,21 +89,17 @@ def reestimate_batch_norm(
         raise CalibrationError("reestimate_batch_norm got no batches; pass at least one (a consumed iterator?).")
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # torch's word for a cumulative average
-        norm.train()
-    try:
-        with torch.no_grad():
+    with eval_mode(model), torch.no_grad():
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # torch's word for a cumulative average
+            norm.train()
+        try:
             for batch in batches:
                 run(model, _to_device(batch, model))
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
 
 def _default_forward(model: nn.Module, batch: Any) -> Any:
@@ -198,19 +181,15 @@ def _observe_activations(
         samples[quantizer].add(inputs[0])
 
     hooks = [quantizer.register_forward_pre_hook(keep) for quantizer in samples]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     seen = 0
     try:
-        with float_mode(model), torch.no_grad():
+        with eval_mode(model), float_mode(model), torch.no_grad():
             for batch in batches:
                 seen += 1
                 run(model, _to_device(batch, model))
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     if not seen:
         raise CalibrationError("calibrate got no batches; pass at least one batch of inputs (a consumed iterator?).")
     return samples

@@ -92,11 +92,11 @@ class Evaluate:
 
     def run(self) -> None:
         """Do it."""
-        from qtemper import pipeline
+        from qtemper import evaluation
         from qtemper.run import RunDir
 
         run = RunDir.open(self.run_directory)
-        result = pipeline.evaluate_run(run, self.data, bits=self.bits, batch_norm=self.batch_norm)
+        result = evaluation.evaluate_run(run, self.data, bits=self.bits, batch_norm=self.batch_norm)
         if self.integer:
             from qtemper import deploy
 

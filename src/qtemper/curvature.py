@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtemper.modes import eval_mode
 from qtemper.quantizer import Quantizer, quantizers
 
 
@@ -58,13 +59,8 @@ def update_curvature(
     if not targets:
         return {}
     generator = torch.Generator().manual_seed(seed)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with eval_mode(model):
         found = [_one_batch(model, targets, loss, batch, max_draws, tolerance, generator) for batch in batches]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if not found:
         raise ValueError("update_curvature got no batches; pass at least one.")
     means = torch.tensor(found, dtype=torch.float64).mean(dim=0)

@@ -12,8 +12,8 @@ from torch import Tensor
 from qtemper.config import Experiment
 from qtemper.data import Source, open_source
 from qtemper.errors import ConfigError
+from qtemper.evaluation import load_run
 from qtemper.export import integer_model
-from qtemper.pipeline import load_run
 from qtemper.run import RunDir
 from qtemper.train import evaluate
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qtemper.compare.grid import Run
-from qtemper.train.state import write_atomically
+from qtemper.train.files import write_atomically
 
 State = Literal["waiting", "started", "done", "diverged", "failed", "pruned"]
 

@@ -35,7 +35,7 @@ from qtemper.export.integer import integer_model
 from qtemper.export.packing import float_biases, pack_weights
 from qtemper.export.qonnx import quant_model
 from qtemper.export.targets import Target, get_target
-from qtemper.train.state import write_atomically
+from qtemper.train.files import write_atomically
 from qtemper.train.weights import one_line
 
 ops = operators.ops

@@ -15,14 +15,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from qtemper.calibrate import float_mode
 from qtemper.errors import ExportError
 from qtemper.export import measures
 from qtemper.export.onnx import build_onnx, graph_for
 from qtemper.export.report import Report
 from qtemper.export.targets import get_target
 from qtemper.export.verify import against_training, verify
-from qtemper.train.state import write_atomically
+from qtemper.modes import float_mode
+from qtemper.train.files import write_atomically
 
 
 def export_and_verify(

@@ -1,6 +1,7 @@
 """The training engine: `fit`, its configuration, checkpoints."""
 
-from qtemper.train.engine import TrainConfig, fit, train_step
+from qtemper.train.config import TrainConfig
+from qtemper.train.engine import fit, train_step
 from qtemper.train.evaluation import evaluate
 from qtemper.train.metrics import DivergedError
 from qtemper.train.optim import LossConfig, OptimConfig

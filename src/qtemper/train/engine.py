@@ -1,4 +1,4 @@
-"""`fit`: train a network, float or prepared, on images that lie in memory."""
+"""`fit`: train a network, float or prepared, on batches of images."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -22,9 +21,10 @@ from qtemper.data.source import Source
 from qtemper.progress import set_progress
 from qtemper.quantizer import quantizers
 from qtemper.train.allocator import keep_memory
+from qtemper.train.config import TrainConfig
 from qtemper.train.evaluation import evaluate, temperature
 from qtemper.train.metrics import DivergedError, MetricsLog, RunningMetrics
-from qtemper.train.optim import Loss, LossConfig, OptimConfig, build_loss, build_optimizers, set_learning_rate
+from qtemper.train.optim import Loss, build_loss, build_optimizers, set_learning_rate
 from qtemper.train.processes import (
     add_up_statistics,
     largest,
@@ -36,72 +36,8 @@ from qtemper.train.processes import (
 )
 from qtemper.train.progress import Display
 from qtemper.train.signals import TrainingInterrupted, stop_on_signal
-from qtemper.train.state import TrainState, load_checkpoint, save_checkpoint
-
-MAX_TIMEOUT = 1e6
-"""Seconds, of `TrainConfig.timeout`; torch's own counters overflow at very large ones."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How a network is trained.
-
-    Attributes:
-        epochs: passes over the training images.
-        batch_size: images per optimizer step; an epoch's incomplete last batch is dropped.
-        optim: optimizers and schedule.
-        loss: label smoothing and distillation.
-        precision: `float32`, or `bf16` for autocast. Evaluation is always float32.
-        channels_last: memory format of images and weights.
-        compile: compile the training step's forward and backward with torch.compile.
-        evaluate_every: test accuracy every so many epochs (and after the last); 0 for the end only.
-        checkpoint_every: a checkpoint every so many epochs (and after the last).
-        log_every: optimizer steps between two lines of metrics.jsonl.
-        tensorboard: the same numbers for TensorBoard, too (extra `tensorboard`).
-        curvature_every: epochs between Hessian estimates, for methods that ask for them; 0 for never.
-        curvature_batches: batches per estimate.
-        curvature_draws: Hutchinson draws per batch, at most.
-        on_nonfinite: what a NaN or infinite loss or gradient does, in the step where it appears: `stop`, or `rollback`
-            to the last checkpoint and go on at half the learning rate, three times at most.
-        sync_batch_norm: with several processes, batch norm over the whole batch instead of each one's part.
-        timeout: with several processes, seconds after which one that does not answer ends the training.
-    """
-
-    epochs: int = 15
-    batch_size: int = 128
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    precision: Literal["float32", "bf16"] = "float32"
-    channels_last: bool = True
-    compile: bool = False
-    evaluate_every: int = 1
-    checkpoint_every: int = 1
-    log_every: int = 50
-    tensorboard: bool = False
-    curvature_every: int = 10
-    curvature_batches: int = 3
-    curvature_draws: int = 50
-    on_nonfinite: Literal["stop", "rollback"] = "stop"
-    sync_batch_norm: bool = False
-    timeout: float = 1800.0
-
-    def __post_init__(self) -> None:
-        for name in (
-            "epochs",
-            "batch_size",
-            "checkpoint_every",
-            "log_every",
-            "curvature_batches",
-            "curvature_draws",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("evaluate_every", "curvature_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        if not 1 <= self.timeout <= MAX_TIMEOUT:
-            raise ValueError(f"timeout must be 1 to {MAX_TIMEOUT:.0f} seconds, got {self.timeout}.")
-
+from qtemper.train.snapshot import TrainState
+from qtemper.train.state import load_checkpoint, save_checkpoint
 
 MAX_ROLLBACKS = 3
 """Rollbacks after which a training that still diverges is given up."""

@@ -9,6 +9,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from qtemper.data.source import Source
+from qtemper.modes import eval_mode
 from qtemper.quantizer import quantizers
 from qtemper.train.processes import make_fabric, total
 
@@ -20,14 +21,10 @@ def evaluate(model: nn.Module, source: Source, *, batch_size: int = 500, fabric:
     """
     fabric = fabric or make_fabric()
     device = next(itertools.chain(model.parameters(), model.buffers())).device  # an integer model has no parameters
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    with torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         for images, labels in source.test_batches(batch_size, rank=fabric.global_rank, world_size=fabric.world_size):
             correct += (model(images.to(device)).argmax(dim=1) == labels.to(device)).sum()
-    for module, mode in modes.items():
-        module.training = mode
     return 100.0 * int(total(correct, fabric)) / source.test_size
 
 

@@ -12,8 +12,8 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from qtemper.errors import CheckpointError
+from qtemper.train.files import write_atomically
 from qtemper.train.processes import total
-from qtemper.train.state import write_atomically
 
 
 class DivergedError(RuntimeError):

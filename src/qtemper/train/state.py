@@ -15,32 +15,18 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qtemper.errors import CheckpointError
+from qtemper.train.files import sync_directory, write_synced
 from qtemper.train.snapshot import TrainState, capture, differences, not_finite, restore, shorten
 from qtemper.train.weights import check_fit, load_strictly, one_line, read_safetensors, to_bytes
-
-__all__ = [
-    "FORMAT",
-    "KEEP",
-    "TrainState",
-    "load_checkpoint",
-    "load_model",
-    "load_strictly",
-    "read_safetensors",
-    "save_checkpoint",
-    "save_tensors",
-    "write_atomically",
-    "write_synced",
-]
 
 KEEP = 2
 """Number of sound checkpoints that stay on disk."""
@@ -107,15 +93,15 @@ def _publish(directory: Path, name: str, files: dict[str, bytes], about: dict[st
             write_synced(temporary / file, data)
         entries = {file: {"size": len(data), "sha256": _sha256(data)} for file, data in files.items()}
         write_synced(temporary / "manifest.json", _seal(about | {"files": entries}))
-        _sync_directory(temporary)
+        sync_directory(temporary)
         if (home / name).exists():
             aside = (home / f"{name}.replaced-{k}" for k in range(1, 10**9))
             (home / name).rename(next(path for path in aside if not path.exists()))
         temporary.rename(home / name)
-        _sync_directory(home)
+        sync_directory(home)
         if first:
             home.rename(directory)
-            _sync_directory(directory.parent)
+            sync_directory(directory.parent)
     except OSError:
         shutil.rmtree(home if first else temporary, ignore_errors=True)
         raise
@@ -276,35 +262,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return entries
 
 
-# --- files -------------------------------------------------------------------------------------------------------
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and flush it to the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file so that a reader, or a crash, sees the old content or the new, never a part."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        write_synced(temporary, data)
-        temporary.replace(path)
-        _sync_directory(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}.") from error
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, atomically."""
-    write_atomically(path, to_bytes(tensors, metadata))
-
-
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -322,13 +279,3 @@ def _version() -> str:
         return importlib.metadata.version("qtemper")
     except importlib.metadata.PackageNotFoundError:  # a source tree on the path
         return "unknown"
-
-
-def _sync_directory(path: Path) -> None:
-    if os.name != "posix":  # elsewhere a directory cannot be opened; the rename itself is what there is
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

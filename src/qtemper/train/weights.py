@@ -1,4 +1,4 @@
-"""Weights as safetensors: to bytes, from a file, and into a model that they must fit."""
+"""Weights as safetensors: to bytes or a file, from a file, and into a model that they must fit."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qtemper.errors import CheckpointError
 from qtemper.layers import without_quantizers
+from qtemper.train.files import write_atomically
 
 
 def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
@@ -24,6 +25,11 @@ def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None)
         storages.add(copy.untyped_storage().data_ptr())
         copies[name] = copy
     return save(copies, metadata)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, atomically."""
+    write_atomically(path, to_bytes(tensors, metadata))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
