@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from qtemper.compare import grid, record, report, schedule
-from qtemper.compare.launch import LocalProcesses, Options
+from qtemper.compare.launch import Job, Launcher, LocalProcesses, Options, log_path
 from qtemper.compare.record import Record
 from qtemper.compare.table import format_table, summarize
 from qtemper.errors import ConfigError
@@ -43,6 +43,8 @@ def test_first_seed_of_every_arm_runs_first():
         ([], ["x"], "--arm"),
         (["a=1,1"], [], "two arms"),
         (["bits=4"], [], "W4A4"),
+        (["seed=1,2"], [], "'seed=1' would be overwritten.*--seeds"),
+        ([], ["x: method=lsq; seed=1"], "--seeds"),
     ],
 )
 def test_bad_arms_are_refused(vary, arms, says):
@@ -55,6 +57,8 @@ def test_bad_settings_name_the_arm():
         grid.make_runs(RECIPE, [], grid.make_arms(["metod=lsq"], []), [0])
     with pytest.raises(ConfigError, match="seeds"):
         grid.make_runs(RECIPE, [], grid.make_arms([], []), [0, 0])
+    with pytest.raises(ConfigError, match="'seed = 5' would be overwritten.*--seeds"):
+        grid.make_runs(RECIPE, ["seed = 5"], grid.make_arms([], []), [0])
 
 
 def records(values):
@@ -149,3 +153,73 @@ def test_a_run_that_another_process_still_ends_is_waited_for(tmp_path, monkeypat
     schedule.run_all([run], pool(tmp_path, say))
     assert any(schedule.IN_USE in text for text in said)
     assert record.read(run, tmp_path).state == "done"
+
+
+class Ends(Launcher, Job):
+    """Every start prints some words and has ended at once."""
+
+    def __init__(self, root, code, words):
+        self.root, self.code, self.words, self.starts = root, code, words, 0
+
+    def start(self, run):
+        self.starts += 1
+        directory, log = run.directory(self.root), log_path(run, self.root)
+        for folder in (directory, log.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").touch()
+        with log.open("a") as file:
+            file.write(self.words)
+        return self
+
+    def poll(self):
+        return self.code
+
+    def stop(self):
+        pass
+
+    kill = stop
+
+    def seconds(self):
+        return 1.0
+
+
+def test_words_of_an_earlier_start_do_not_count(tmp_path):
+    (run,) = grid.make_runs(RECIPE, [], grid.make_arms([], []), [0])
+    Ends(tmp_path, 2, f"the run {schedule.IN_USE} process 1\n").start(run)
+    killed = Ends(tmp_path, -9, "")
+    looks = schedule.Pool(killed, tmp_path, 1, lambda text: None)
+    looks.start(run)
+    for _ in range(schedule.RETRIES + 5):
+        looks.collect()
+    assert killed.starts == schedule.RETRIES
+    found = record.read(run, tmp_path)
+    assert (found.state, found.outcome["message"]) == ("failed", "exit code -9")
+
+
+def test_a_run_in_use_holds_up_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(schedule, "PAUSE", 1000.0)
+    waits, other = grid.make_runs(RECIPE, [], grid.make_arms([], []), [0, 1])
+    words = f"the run {schedule.IN_USE} process 1\nprocess 1: stopped after step 5\n"
+    both = schedule.Pool(Ends(tmp_path, 2, words), tmp_path, 2, lambda text: None)
+    both.start(waits)
+    both.collect()
+    both.launcher = Ends(tmp_path, 1, "disk full\n")
+    both.start(other)
+    for _ in range(schedule.RETRIES):
+        both.collect()
+    assert record.read(other, tmp_path).state == "failed"
+    assert both.launcher.starts == schedule.RETRIES
+    assert [entry.run for entry in both.active] == [waits]
+    both.stop()
+    assert record.read(waits, tmp_path).state == "started"
+
+
+def test_a_run_that_is_tried_again_is_under_way(tmp_path):
+    (run,) = grid.make_runs(RECIPE, [], grid.make_arms([], []), [0])
+    again = schedule.Pool(Ends(tmp_path, 2, "no such file\n"), tmp_path, 1, lambda text: None)
+    again.start(run)
+    again.collect()
+    assert "failed: recipe, seed 0: no such file" in report.status([record.read(run, tmp_path)], 1)
+    again.start(run)
+    assert "under way: recipe, seed 0" in report.status([record.read(run, tmp_path)], 1)
+    assert record.read(run, tmp_path).outcome["seconds"] == 1.0

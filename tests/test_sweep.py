@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 
@@ -11,7 +12,9 @@ import torch
 
 from qtemper.cli import main
 from qtemper.compare import launch, report, schedule, search, sweep
+from qtemper.compare.grid import make_arms, make_runs
 from qtemper.compare.launch import Job, Launcher
+from qtemper.compare.record import Record
 from qtemper.config import override
 from qtemper.data import DataConfig, open_source
 from qtemper.errors import ConfigError
@@ -70,6 +73,7 @@ def test_bad_axes_are_refused(texts, says):
         ([*RATES, "train.optim.rl=1..2"], "--search train.optim.rl.*train.optim.lr"),
         (["train.batch_size=0..8"], "--search train.batch_size.*at least 1"),
         (["bits=W2A2,4"], "--search bits.*W4A4"),
+        (["seed=1,2"], "--search seed.*--seed"),
     ],
 )
 def test_both_ends_of_an_axis_must_fit_the_recipe(axes, says):
@@ -87,8 +91,14 @@ def test_trials_are_judged_by_images_that_are_held_out():
     assert (data.train_images, data.held_out) == (10_000, 10_000)
     assert "10,000 training images that were held out" in sweep.judged_by(plan)
     assert "TEST" in sweep.judged_by(sweep.make_plan(RECIPE, ["data.held_out=0"], axes))
-    assert "TEST" in sweep.judged_by(sweep.make_plan("imagenet-resnet18-w4a4-lsq", [], axes))
     assert "300 training" in sweep.judged_by(sweep.make_plan(RECIPE, ["data.held_out=300"], axes))
+
+
+def test_imagenet_is_judged_by_its_test_images_only_when_told():
+    recipe, axes = "imagenet-resnet18-w4a4-lsq", search.parse(RATES)
+    with pytest.raises(ConfigError, match=r"imagenet.*--set data\.held_out=0"):
+        sweep.make_plan(recipe, [], axes)
+    assert "TEST" in sweep.judged_by(sweep.make_plan(recipe, ["data.held_out=0"], axes))
 
 
 def test_held_out_images_are_the_last_ones_and_not_trained_on():
@@ -129,6 +139,10 @@ class Training(Job):
         self.log.parent.mkdir(exist_ok=True)
         launcher.starts.append(run.arm.label)
 
+    def say(self, text):
+        with self.log.open("a") as log:
+            log.write(f"{text}\n")
+
     def poll(self):
         rate = self.run.experiment.train.optim.lr
         metrics = self.directory / "metrics.jsonl"
@@ -136,10 +150,10 @@ class Training(Job):
         if self.stopped:
             return 143
         if self.launcher.fails:
-            self.log.write_text(f"{self.launcher.fails}\n")
+            self.say(self.launcher.fails)
             return self.launcher.code
         if rate > 0.3:
-            self.log.write_text("the loss became NaN\n")
+            self.say("the loss became NaN")
             return DIVERGED_EXIT
         top1 = 90 - 1000 * abs(rate - 0.05) + epoch
         if epoch <= self.run.experiment.train.epochs:
@@ -219,6 +233,20 @@ def test_all_of_a_few_choices_are_tried_once(tmp_path):
     assert best.endswith("--set train.optim.lr=0.05")
 
 
+def test_the_best_trial_is_told_as_train_and_compare_take_it(tmp_path):
+    common = ["bits=W3A3", "data.held_out=300", 'stages=[{"bits": "W8A8", "epochs": 1}]']
+    plan = sweep.make_plan(RECIPE, common, search.parse(["bits=W2A2,W4A4", *RATES]), seed=7)
+    run = plan.run(["W4A4", "0.05"])
+    assert run.arm.label == "bits=W4A4 train.optim.lr=0.05"
+    best = report.trials({0: Record(run, "done", result={"top1": 90.0})}, "x").splitlines()[-1]
+    words = shlex.split(best.removeprefix("best: "))
+    assert words[::2] == ["--set"] * (len(words) // 2)
+    expected = override(run.experiment, ["data.held_out=0", "seed=0"])
+    assert override(get_recipe(RECIPE), words[1::2]) == expected
+    (compared,) = make_runs(RECIPE, words[1::2], make_arms([], []), [0])
+    assert compared.experiment == expected
+
+
 def test_what_stops_the_first_trial_stops_the_sweep_and_is_tried_again(tmp_path):
     with pytest.raises(ConfigError, match="trial [01] failed before its first epoch: give --init"):
         run_sweep(tmp_path, InThisProcess(tmp_path, "give --init", code=2), trials=3)
@@ -249,6 +277,7 @@ def test_another_search_in_the_same_directory_is_refused(tmp_path):
     ("arguments", "says"),
     [
         (["--search", "train.optim.lr"], "cannot read 'train.optim.lr'"),
+        (["--search", *RATES, "--set", "seed=5"], "--seed"),
         (["--search", *RATES, "--jobs", "0"], "--jobs must be at least 1"),
         (["--search", *RATES, "--stop-after", "0"], "--stop-after"),
         (["--search", *RATES, "--status"], "no sweep in"),

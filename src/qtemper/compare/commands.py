@@ -24,7 +24,7 @@ class _Runs:
     Attributes:
         recipe: name of the recipe that all runs share.
         out: directory of the runs and their table.
-        assignments: change a field of the recipe for all runs, path=value.
+        assignments: change a field of the recipe for all runs, path=value; `bits=W2A2` for the policy.
         data: directory of the data set.
         init: float checkpoint that all runs start from.
         jobs: runs at once.
@@ -120,8 +120,9 @@ class Sweep(_Runs):
 
     The same command goes on where it stopped. Trials are proposed by Optuna (TPE), or are all combinations where there
     are no more of them than trials. They are judged by training images that are held out, 10,000 of CIFAR's unless
-    `--set data.held_out=N` says otherwise, never by the test set: `--set data.held_out=0` would. A float network that
-    was trained with those images has seen them: train one with the same `--set data.held_out=N`.
+    `--set data.held_out=N` says otherwise, and by the test set only with `--set data.held_out=0`, which ImageNet needs:
+    none of its images can be held out. A float network that was trained with those images has seen them: train one
+    with the same `--set data.held_out=N`.
 
     Attributes:
         search: what to vary, path=low..high, path=low..high:log or path=value,value; whole numbers if both ends are.

@@ -101,10 +101,16 @@ def make_arms(vary: list[str], arms: list[str]) -> list[Arm]:
 
 
 def expand(assignments: tuple[str, ...]) -> list[str]:
-    """Assignments for `config.override`, in which `bits=W2A2` has become the policy's two bit widths."""
+    """Assignments for `config.override`, in which `bits=W2A2` has become the policy's two bit widths.
+
+    Raises:
+        ConfigError: bits that cannot be read, or a seed, which is not a setting here.
+    """
     expanded = []
     for assignment in assignments:
-        path, _, value = assignment.partition("=")
+        path, _, value = (part.strip() for part in assignment.partition("="))
+        if path == "seed":
+            raise ConfigError(f"{assignment!r} would be overwritten; give seeds with --seeds, a sweep's with --seed.")
         if path == "bits":
             policy = BitPolicy.parse(value)
             expanded += [f"policy.weight={policy.weight}", f"policy.activation={policy.activation}"]

@@ -45,7 +45,7 @@ def goes_on(records: list[Record]) -> str:
 
 
 def trials(records: dict[int, Record], judged_by: str) -> str:
-    """The trials of a sweep, the best first, and how to repeat the best.
+    """The trials of a sweep, the best first, and the best one's settings for `qtemper train` or `compare`.
 
     Args:
         records: by the number of the trial.
@@ -66,8 +66,8 @@ def trials(records: dict[int, Record], judged_by: str) -> str:
         rows.append([str(number), r.run.arm.label, shown, epochs, f"{r.state}{': ' if message else ''}{message}"])
     lines = [markdown(["trial", "settings", "top-1", "epochs", ""], rows), "", f"top-1 is of {judged_by}."]
     if order and records[order[0]].state == "done":
-        settings = " ".join(f"--set {shlex.quote(text)}" for text in records[order[0]].run.arm.label.split(" "))
-        lines.append(f"best: {settings}")
+        settings = [a for a in records[order[0]].run.arm.assignments if a.partition("=")[0].strip() != "data.held_out"]
+        lines.append(f"best: {shlex.join(word for text in settings for word in ('--set', text))}")
     else:
         lines.append("no trial has come to its end.")
     return "\n".join(lines)

@@ -20,6 +20,9 @@ POLL = 0.5
 IN_USE = "is in use by"
 """What `RunDir.lock` says of a run whose process lives on: its scheduler was killed, and it writes its checkpoint."""
 
+PAUSE = 2.0
+"""Seconds after which such a run starts again."""
+
 RETRIES = 3
 """Starts of a run that fails without having diverged, before it is given up."""
 
@@ -39,8 +42,10 @@ class Stopped(Exception):  # noqa: N818 (an event, not an error)
 class _Active:
     run: Run
     job: Job
-    starts: int = 1
+    starts: int
+    log_start: int  # size of the log, in bytes, before this start
     pruned: bool = False
+    not_before: float = 0.0  # when a run in use starts again
 
     @property
     def what(self) -> str:
@@ -60,6 +65,7 @@ class Pool:
     def __init__(self, launcher: Launcher, root: Path, jobs: int, say: Callable[[str], None]) -> None:
         self.launcher, self.root, self.jobs, self.say = launcher, root, jobs, say
         self.active: list[_Active] = []
+        self._tried: set[str] = set()
 
     @property
     def has_room(self) -> bool:
@@ -70,9 +76,20 @@ class Pool:
         """Whether that run is under way."""
         return any(entry.run.config_hash == run.config_hash for entry in self.active)
 
+    def tried(self, run: Run) -> bool:
+        """Whether that run has been started here, be it under way or not."""
+        return run.config_hash in self._tried
+
     def start(self, run: Run) -> None:
-        """Start a run."""
-        self.active.append(_Active(run, self.launcher.start(run)))
+        """Start a run; how an earlier command's try ended no longer counts."""
+        self._start(run, 1)
+        self._tried.add(run.config_hash)
+        note(run, self.root, state="started", seconds=0.0)
+
+    def _start(self, run: Run, starts: int) -> None:
+        log = log_path(run, self.root)
+        size = log.stat().st_size if log.exists() else 0
+        self.active.append(_Active(run, self.launcher.start(run), starts, size))
         self.say(f"started   {self.active[-1].what}")
 
     def prune(self, run: Run) -> None:
@@ -86,20 +103,20 @@ class Pool:
         """Write down the runs that have ended; one that failed starts again, `RETRIES` times in all."""
         for entry in list(self.active):
             code = entry.job.poll()
-            if code is None:
+            if code is None or time.monotonic() < entry.not_before:
                 continue
             state, message = self._outcome(entry, code)
-            entry.starts -= IN_USE in message
-            if state == "started" and entry.starts >= RETRIES:
+            in_use = state == "started" and code == 2
+            if in_use and not entry.not_before:
+                entry.not_before = time.monotonic() + PAUSE
+                continue
+            starts = entry.starts - in_use  # a start that had to wait is none
+            if state == "started" and starts >= RETRIES:
                 state = "failed"
             self._note(entry, state, message)
+            self.active.remove(entry)
             if state == "started":
-                time.sleep(2 if IN_USE in message else 0)
-                entry.job = self.launcher.start(entry.run)
-                entry.starts += 1
-                self.say(f"started   {entry.what}")
-            else:
-                self.active.remove(entry)
+                self._start(entry.run, starts + 1)
 
     def stop(self, patience: float = math.inf) -> None:
         """Let all runs write a checkpoint and end.
@@ -131,7 +148,8 @@ class Pool:
             return "diverged", message
         if entry.pruned:
             return "pruned", ""
-        if code == 2 and IN_USE not in message:  # bad input: starting again would not help
+        if code == 2 and not any(IN_USE in line for line in self._words(entry)):
+            # Bad input: starting again would not help.
             return "failed", message
         return "started", message
 
@@ -145,8 +163,11 @@ class Pool:
         self.say(f"{word:10}{entry.what}{': ' if message else ''}{message}")
 
     def _last_line(self, entry: _Active, code: int) -> str:
-        lines = _tail(log_path(entry.run, self.root))
-        return next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
+        return next((line for line in reversed(self._words(entry)) if line.strip()), f"exit code {code}")
+
+    def _words(self, entry: _Active) -> list[str]:
+        """What was printed since the start; where the run is in use, the process that uses it prints there, too."""
+        return _tail(log_path(entry.run, self.root), entry.log_start)
 
 
 def drive(pool: Pool, turn: Callable[[], bool], stop_after: float | None = None) -> bool:
@@ -207,9 +228,10 @@ def run_all(runs: list[Run], pool: Pool, stop_after: float | None = None) -> boo
     return all(read(run, pool.root).ended for run in runs)
 
 
-def _tail(path: Path, size: int = 4096) -> list[str]:
+def _tail(path: Path, start: int, size: int = 4096) -> list[str]:
+    """The last lines of what a log holds from `start` on."""
     if not path.exists():
         return []
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - size))
+        file.seek(max(start, path.stat().st_size - size))
         return file.read().decode(errors="replace").splitlines()

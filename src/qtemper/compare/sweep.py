@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qtemper.compare.grid import Arm, Run, expand
-from qtemper.compare.record import Record, note, read
+from qtemper.compare.record import Record, read
 from qtemper.compare.schedule import Pool
 from qtemper.compare.search import Axis, Choice, spread
 from qtemper.config import override
@@ -37,7 +37,7 @@ class Plan:
 
     Attributes:
         recipe: name of the recipe.
-        assignments: of all trials.
+        assignments: of all trials, for `config.override`.
         axes: what is searched.
         trials: how many.
         seed: of the search and of every run.
@@ -58,7 +58,7 @@ class Plan:
             ConfigError: a value does not fit the recipe.
         """
         chosen = tuple(f"{axis.path}={value}" for axis, value in zip(self.axes, values, strict=True))
-        assignments = tuple(expand((*self.assignments, *chosen)))
+        assignments = (*self.assignments, *expand(chosen))
         experiment = override(get_recipe(self.recipe), [*assignments, f"seed={self.seed}"])
         return Run(Arm(" ".join(chosen), assignments), self.seed, self.recipe, experiment)
 
@@ -69,11 +69,18 @@ def make_plan(
     """A plan whose every axis fits the recipe, and whose trials are judged by training images that are held out.
 
     Raises:
-        ConfigError: an unknown recipe or field, or a value that does not fit.
+        ConfigError: an unknown recipe or field, a value that does not fit, or a data set that can hold none out, unless
+            the assignments say `data.held_out=0`.
     """
+    assignments = expand(tuple(assignments))
     start = override(get_recipe(recipe), assignments)
     if not any(text.partition("=")[0].strip() == "data.held_out" for text in assignments) and not start.data.held_out:
-        assignments = [*assignments, f"data.held_out={HELD_OUT.get(start.data.name, 0)}"]
+        if start.data.name not in HELD_OUT:
+            raise ConfigError(
+                f"{start.data.name} can hold out no training images, so its test images would judge the trials; "
+                "search with a recipe of another data set, or accept it with --set data.held_out=0."
+            )
+        assignments = [*assignments, f"data.held_out={HELD_OUT[start.data.name]}"]
     plan = Plan(recipe, tuple(assignments), tuple(axes), trials, seed, prune)
     first = [axis.corners()[0] for axis in axes]
     for i, axis in enumerate(axes):
@@ -154,7 +161,7 @@ class Sweep:
             if trial.state == self.optuna.trial.TrialState.RUNNING:
                 self._seed(trial.number)
                 # Optuna has no public way to go on with a trial of another process.
-                self._take_up(self.optuna.Trial(self.study, trial._trial_id))
+                self.under_way.append(self.optuna.Trial(self.study, trial._trial_id))
         failed = [trial for trial in trials if _failed(trial)]
         self.failed_before = len(failed)
         for trial in failed:
@@ -180,7 +187,7 @@ class Sweep:
         while pool.has_room and self._asked() < self.target:
             self._seed(len(self._trials()))
             trial = self.study.ask()
-            self._take_up(trial)
+            self.under_way.append(trial)
             self._follow(trial, pool)
         return bool(self.under_way) or self._asked() < self.target
 
@@ -188,12 +195,6 @@ class Sweep:
         """Give a trial a sampler of its own: one that starts anew with the command would repeat its draws."""
         seed = (self.plan.seed * 100_003 + number) % 2**32
         self.study.sampler = self.optuna.samplers.TPESampler(n_startup_trials=STARTUP, seed=seed)
-
-    def _take_up(self, trial: Any) -> None:
-        run = self.run(trial)
-        if read(run, self.root).state == "failed":
-            note(run, self.root, state="started", seconds=0.0)  # it may try again
-        self.under_way.append(trial)
 
     def _trials(self) -> list[Any]:
         return list(self.study.get_trials(deepcopy=False))
@@ -232,7 +233,7 @@ class Sweep:
             unfinished = len(record.epochs) < run.experiment.train.epochs
             if news and unfinished and trial.should_prune():
                 pool.prune(run)
-        elif record.ended:
+        elif record.ended and (record.state != "failed" or pool.tried(run)):
             if record.state == "failed" and not any(t.intermediate_values for t in self._trials()):
                 raise ConfigError(f"trial {trial.number} failed before its first epoch: {record.outcome['message']}")
             self.under_way.remove(trial)
