@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from qtemper.errors import ExportError
 from qtemper.fast import fast_path, use_fast_path
 from qtemper.layers import StoredWeight
+from qtemper.modes import eval_mode
 from qtemper.quantizer import Quantizer
 
 
@@ -42,12 +43,10 @@ def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
     """
     if len(example) < 2:
         raise ExportError("the example is a batch of one, to which torch.export would fix the model; give two or more.")
-    modes = {module: module.training for module in model.modules()}
     enabled = fast_path()
     use_fast_path(False)
-    model.eval()
     try:
-        with _marked(model), torch.no_grad():
+        with eval_mode(model), _marked(model), torch.no_grad():
             program = torch.export.export(model, (example,), dynamic_shapes=_dynamic_batch(example), strict=False)
     except Exception as error:  # torch.export raises many kinds
         first = str(error).strip().splitlines()
@@ -57,8 +56,6 @@ def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
         ) from error
     finally:
         use_fast_path(enabled)
-        for module, mode in modes.items():
-            module.training = mode
     sizes = [n.meta["val"].shape[0] for n in program.graph.nodes if n.name in program.graph_signature.user_inputs]
     if any(isinstance(size, int) for size in sizes):
         raise ExportError(f"the model's forward fixes the batch to {sizes[0]} (a view with a number?); use x.shape[0].")
