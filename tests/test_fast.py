@@ -190,7 +190,7 @@ def test_keeps_nothing_but_its_float_input(method):
 def test_a_cpu_whose_products_saturate_uses_the_float_convolution(bits, monkeypatch):
     layer, x = make(bits=bits)
     exact, _ = run(layer, x, enabled=True)
-    monkeypatch.setattr(integer, "_try_extremes", lambda *_: False)
+    monkeypatch.setattr(integer, "_tried", lambda *_: False)
     monkeypatch.setattr(blocks, "convolve_codes", None)
     out, _ = run(layer, x, enabled=True)
     torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
