@@ -47,16 +47,17 @@ def pixels(x: Tensor, plan: Plan) -> Tensor:
 def output_scale(act: Quantizer, weight: Quantizer, plan: Plan, x: Tensor, latent: Tensor) -> Tensor:
     """Real value of one step of the integers' product, shape (1,) or (channels,).
 
-    It is NaN where an operand contains NaN, which no integer can say.
+    It is NaN if the latent weight contains NaN, which no integer can say, and outside training if the input does. In
+    training that would cost a pass over memory a layer; there a NaN of the input is in the gradients of the same step,
+    which are of float numbers, and so in the weights of the next.
     """
     assert plan.act is not None and plan.weight is not None  # noqa: PT018
     with torch.no_grad():
         scales = act.grid.scale(x.float()) * weight.grid.scale(latent)
         scale = (scales / (plan.act.steps * plan.weight.steps)).reshape(-1)
-        if x.numel() == 0:
-            return scale
         # The largest of numbers with a NaN among them is NaN; a mask of all elements would cost ten times as much.
-        return torch.where(torch.isnan(x.amax()) | torch.isnan(latent.amax()), torch.nan, scale)
+        largest = latent.amax() if act.training or x.numel() == 0 else latent.amax() + x.amax()
+        return torch.where(torch.isnan(largest), torch.nan, scale)
 
 
 def convolve(x_hat: Tensor, w_hat: Tensor, plan: Plan) -> Tensor:
