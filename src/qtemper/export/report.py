@@ -41,6 +41,7 @@ class Count:
         runtime: who ran the file.
         inputs: `whole model` on real ones, or `each layer` by itself on real codes and on both ends of their range.
         layer: name of the layer.
+        real: whether the values are real numbers, not codes.
         codes: how many were compared.
         wrong: how many differ.
         largest: largest difference, in codes.
@@ -51,6 +52,7 @@ class Count:
     runtime: str
     inputs: str
     layer: str
+    real: bool
     codes: int
     wrong: int
     largest: float
@@ -90,7 +92,7 @@ class Report:
             limit = count.limit
             # Negated, so that NaN is off.
             if limit is not None and not (count.wrong <= limit.share * count.codes and count.largest <= limit.most):
-                what = "numbers" if count.layer == OUTPUT else "codes"
+                what = "numbers" if count.real else "codes"
                 where = f"in {count.runtime}, {count.inputs}"
                 found.append(f"{count.layer}: {count.wrong} of {count.codes} {what} wrong {where}")
         if self.operators and self.kernels[1] < self.kernels[0]:
@@ -106,9 +108,9 @@ class Report:
     def table(self) -> str:
         """A summary to read."""
         lines = [f"target {self.target}   CPU {' '.join(self.environment['cpu_flags']) or 'unknown'}"]
-        groups = {(c.runtime, c.inputs) for c in self.counts if c.layer != OUTPUT}
+        groups = {(c.runtime, c.inputs) for c in self.counts if not c.real}
         for runtime, inputs in sorted(groups):
-            own = [c for c in self.counts if (c.runtime, c.inputs) == (runtime, inputs) and c.layer != OUTPUT]
+            own = [c for c in self.counts if (c.runtime, c.inputs) == (runtime, inputs) and not c.real]
             wrong, codes, largest = sum(c.wrong for c in own), sum(c.codes for c in own), max(c.largest for c in own)
             lines.append(f"{runtime + ', ' + inputs:36s} {wrong} of {codes} codes wrong, by at most {largest:g}")
         if self.operators:

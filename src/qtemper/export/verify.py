@@ -120,7 +120,8 @@ def _count(runtime: str, inputs: str, layer: str, found: Any, expected: Any, lim
         raise ExportError(f"{layer}: {runtime} gives the shape {found.shape}, the integer model {expected.shape}.")
     a, b = found.astype(np.float64), expected.astype(np.float64)
     wrong = int((~(a == b)).sum())  # NaN counts
-    return Count(runtime, inputs, layer, a.size, wrong, float(np.abs(a - b).max(initial=0.0)), limit)
+    real = expected.dtype.kind == "f"
+    return Count(runtime, inputs, layer, real, a.size, wrong, float(np.abs(a - b).max(initial=0.0)), limit)
 
 
 def against_training(graph: nn.Module, model: nn.Module, inputs: Tensor) -> Count:
