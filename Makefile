@@ -7,6 +7,10 @@ PEERS := .venv-peers
 
 .PHONY: demo test check lint types package faults peers training-step clean
 
+# Both are thousands of operations on tiny tensors, on which threads wait for each other: beside one other busy process
+# two of them are 40 times as slow as one.
+demo test: export OMP_NUM_THREADS := 1
+
 demo: $(READY)
 	$(BIN)/qtemper train digits-w2a2-tempering
 
