@@ -1,6 +1,7 @@
 """The fast path computes what the plain forward computes: exactly on codes, and with the same gradients."""
 
 import copy
+import platform
 
 import pytest
 import torch
@@ -75,6 +76,8 @@ def test_convolution_of_codes_is_int64_accumulation(extreme, x_range, w_range, g
     x_max, zero_point = x_range
     shape = (64, 64 // geometry.groups, 3, 3)
     if not is_exact(x_max, zero_point, *w_range, shape, geometry):
+        fits_16_bits = 2 * x_max * max(-w_range[0], w_range[1]) < 2**15
+        assert not (fits_16_bits and platform.machine() == "x86_64"), "no x86 CPU saturates here"
         pytest.skip("this CPU's 8-bit products saturate for these ranges: the float convolution is used instead")
     generator = torch.Generator().manual_seed(1)
 

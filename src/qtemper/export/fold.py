@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qtemper.errors import ExportError
 from qtemper.export.codes import Codes, IntegerWeight
+from qtemper.fast.integer import ACCUMULATOR_MAX
 
-ACCUMULATOR_MAX = 2**31 - 1
 NEGLIGIBLE = 1e-3
 """Of its bias: what a channel may lose whose weights batch norm makes too small for an int32 bias beside them."""
 
