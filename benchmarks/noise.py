@@ -15,7 +15,8 @@ from torch import Tensor
 
 from qtemper.counter import NoiseSource
 
-CHUNK = 2**22
+ROWS, COLUMNS = 4096, 1024
+CHUNK = ROWS * COLUMNS
 LAGS = (1, 2, 3, 7, 8, 16, 31, 32, 64, 127, 128, 256, 1000, 1024, 3136, 4096, 16384, 65536)
 CELLS = 64
 LIMIT = 5.0
@@ -30,11 +31,11 @@ def source(name: str, progress: float = 0.3, seed: int = 0) -> NoiseSource:
 
 
 def draw(noise: NoiseSource, chunk: int, *, dither: bool = False) -> Tensor:
-    """Numbers `chunk * CHUNK` and following, centred, with variance 1 (float64)."""
-    noise.block = (chunk * CHUNK, 0)
-    like = torch.empty(CHUNK)
+    """Rows `chunk * ROWS` and following, one after the other, centred, with variance 1 (float64)."""
+    noise.block = (chunk * ROWS, 0)
+    like = torch.empty(ROWS, COLUMNS)
     u = noise.dither(like) if dither else noise(like)
-    return (u.double() - 0.5) * math.sqrt(12.0)
+    return (u.double().flatten() - 0.5) * math.sqrt(12.0)
 
 
 class Sums:
@@ -52,6 +53,20 @@ class Sums:
     def scores(self) -> dict[str, float]:
         """Sums in their standard errors."""
         return {name: total / math.sqrt(self.weight[name]) for name, total in self.total.items()}
+
+
+def add_structure(sums: Sums, kind: str, numbers: Tensor) -> None:
+    """What noise that is mixed from a word a row and a word a column could give away."""
+    for name, table in (("rows", numbers), ("columns", numbers.T)):
+        for lag in (1, 5):
+            products = table[:-lag] * table[lag:]
+            dots = products.sum(1)
+            length = products.shape[1]
+            # Variance of a squared sum of products: 2 n**2 from the sum, (1.8**2 - 3) n from its terms.
+            variance = 2 * length**2 + (1.8**2 - 3) * length
+            sums.add(f"{kind}dependence of {name} {lag} apart", (dots**2 - length) / math.sqrt(variance))
+    corners = numbers[:-1, :-1] * numbers[1:, :-1] * numbers[:-1, 1:] * numbers[1:, 1:]
+    sums.add(f"{kind}corners of a square", corners)
 
 
 def statistics(draws: int) -> dict[str, float]:
@@ -74,11 +89,13 @@ def statistics(draws: int) -> dict[str, float]:
         low = draw(own, chunk, dither=True)
         sums.add("dither: mean", low)
         sums.add("noise and its dither", u * low)
-        own.block = (chunk * CHUNK, 0)
-        signed = own.signed(torch.empty(CHUNK)).double() * math.sqrt(3.0)
+        own.block = (chunk * ROWS, 0)
+        signed = own.signed(torch.empty(ROWS, COLUMNS)).double().flatten() * math.sqrt(3.0)
         sums.add("signed: mean", signed)
         sums.add("signed: variance", signed * signed - 1, 0.8)
         sums.add("signed and its dither", signed * low)
+        for kind, numbers in (("", u.view(ROWS, COLUMNS)), ("dither: ", low.view(ROWS, COLUMNS))):
+            add_structure(sums, kind, numbers)
         cell = ((u / math.sqrt(12.0) + 0.5) * CELLS).long().clamp_(0, CELLS - 1)
         pairs += torch.bincount(cell[:-1:2] * CELLS + cell[1::2], minlength=CELLS * CELLS).double()
     scores = sums.scores()

@@ -339,3 +339,22 @@ def test_a_dtype_that_the_float_layer_refuses_is_refused():
     layer, x = make()
     with pytest.raises(RuntimeError, match="dtype|type"):
         layer.eval()(x.bfloat16())
+
+
+@pytest.mark.parametrize("method", ["lsq", "tempering"])
+def test_a_compiled_network_is_found_again(method, tmp_path, monkeypatch):
+    if not hasattr(torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"):
+        pytest.skip("torch before 2.7 keeps no graph with autograd functions")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    layer, x = make("conv", method)
+    results = []
+    for hits in (0, 1):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        layer.zero_grad()
+        with fast.cached_compilation():
+            out = torch.compile(layer, fullgraph=True)(x)
+        out.square().sum().backward()
+        results.append((out, [p.grad.clone() for p in layer.parameters()]))
+        assert torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"] == hits
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)

@@ -131,8 +131,34 @@ class TestNoise:
         index, key = torch.arange(10_001, dtype=torch.int32), torch.tensor(counter.derive_key(4), dtype=torch.int32)
         assert torch.equal(compiled(index, key), counter.counter_uniform(index, key))
 
+    @pytest.mark.parametrize("shape", [(2**12, 2**10), (2**8, 64, 16, 16)], ids=["rows", "images"])
+    def test_elements_of_a_tensor(self, shape):
+        source = counter.NoiseSource()
+        source.seed(0, "here")
+        like = torch.empty(shape)
+        for draw in (source, source.dither):
+            u = math.sqrt(12) * (draw(like).double() - 0.5)
+            assert abs(u.mean()) < 6 / math.sqrt(self.N)
+            assert abs((u * u).mean() - 1) < 6 * math.sqrt(0.8 / self.N)
+            for dim in range(len(shape)):
+                # Any two slices share the words of their rows or of their columns, which must not show: not in one
+                # product, nor in the sums of products over the slice, nor in those of two pairs.
+                pairs = u * u.roll(1, dim)
+                assert abs(pairs.mean()) < 6 / math.sqrt(self.N), dim
+                sums = pairs.transpose(0, dim).flatten(1).mean(1) * math.sqrt(self.N / shape[dim])
+                assert abs((sums**2).mean() - 1) < 6 * math.sqrt(2 / shape[dim]), dim
+                for other in set(range(len(shape))) - {dim}:
+                    assert abs((pairs * pairs.roll(1, other)).mean()) < 6 / math.sqrt(self.N), (dim, other)
+
     def test_gaussian(self):
-        z = counter.gaussian_from_uniform(self.draws(8)).double()
+        words = torch.arange(self.N, dtype=torch.int32)
+        bits = counter.counter_bits(words, torch.tensor(counter.derive_key(8), dtype=torch.int32))
+        z = counter.gaussian(bits).double()
         assert abs(z.mean()) < 6 / math.sqrt(self.N)
         assert abs(z.var() - 1) < 6 * math.sqrt(2 / self.N)
-        assert z.abs().max() < 5.4
+        assert abs((z**4).mean() - 3) < 6 * math.sqrt(96 / self.N)
+        probability = torch.special.ndtr(z)
+        counts = torch.histc(probability, 1024, 0, 1)
+        chi2 = float(((counts - self.N / 1024) ** 2 / (self.N / 1024)).sum())
+        assert abs(chi2 - 1023) < 6 * math.sqrt(2 * 1023)
+        assert z.abs().max() < 5.2

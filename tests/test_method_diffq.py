@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from qtemper.counter import gaussian_from_uniform
 from qtemper.methods.diffq import DiffQ
 from qtemper.methods.lsq import LSQ
 from tests.references.diffq import diffq
@@ -14,7 +13,7 @@ def noise_of(quantizer, x):
     source = quantizer.rounding.noise
     if type(quantizer.rounding).__name__ == "UniformNoise":
         return 0.5 * source.signed(x).double()
-    return 0.5 * gaussian_from_uniform(source(x)).double()
+    return 0.5 * source.gaussian(x).double()
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "uniform", None])

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 _MASK64 = (1 << 64) - 1
+Words = TypeVar("Words", Tensor, NDArray[Any])
+"""Tensors or arrays of int32, which wrap around alike."""
 
 
 def derive_key(*words: int) -> tuple[int, int]:
@@ -33,7 +38,7 @@ def _signed32(word: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-def counter_bits(index: Tensor, key: Tensor) -> Tensor:
+def counter_bits(index: Words, key: Words) -> Words:
     """32 pseudo-random bits for every counter value: a pure function, no generator state.
 
     C. Wellons' three-round `triple32` mixer, with one key word xor-ed in before the first round and the other added
@@ -52,12 +57,49 @@ def counter_bits(index: Tensor, key: Tensor) -> Tensor:
     h = h + key[1]
     h = (h ^ _shift_right(h, 11)) * _signed32(0xAC4C1B51)
     h = (h ^ _shift_right(h, 15)) * _signed32(0x31848BAB)
-    return h ^ _shift_right(h, 14)
+    mixed: Words = h ^ _shift_right(h, 14)
+    return mixed
 
 
-def _shift_right(h: Tensor, bits: int) -> Tensor:
-    """Logical shift of int32 (torch's own is arithmetic)."""
-    return (h >> bits) & ((1 << (32 - bits)) - 1)
+def _shift_right(h: Words, bits: int) -> Words:
+    """Logical shift of int32 (its own is arithmetic)."""
+    shifted: Words = (h >> bits) & ((1 << (32 - bits)) - 1)
+    return shifted
+
+
+def mix_words(row: Tensor, column: Tensor) -> Tensor:
+    """32 pseudo-random bits for every pair of a row and a column, from a word of `counter_bits` for each.
+
+    The words are random already, so half a mixer is enough for the many elements: five operations, of which the
+    shift may be arithmetic (it costs the words' images one bit). Further ones would not pay (benchmarks/noise.py).
+    """
+    h = (row ^ column) * _signed32(0x7FEB352D)
+    return (h ^ (h >> 15)) * _signed32(0x846CA68B)
+
+
+def _words(key: Tensor, first: int, rows: int, columns: int) -> Tensor:
+    index = torch.arange(-columns, rows, dtype=torch.int32, device=key.device)
+    index[columns:] += _signed32(first & 0xFFFFFFFF)
+    return counter_bits(index, key).view(torch.float32)
+
+
+def _words_by_numpy(key: Tensor, first: int, rows: int, columns: int) -> Tensor:
+    index = np.arange(-columns, rows, dtype=np.int32)  # a quarter of torch's time for so few numbers
+    index[columns:] += np.int32(_signed32(first & 0xFFFFFFFF))
+    return torch.from_numpy(counter_bits(index, key.numpy()).view(np.float32))
+
+
+# An operator, so that torch.compile keeps the words in memory and does not hash anew for every element. The words' bits
+# are called float32: without AVX-512, torch.compile's code takes 5 times as long to load vectors of int32.
+_OPERATORS: Any = torch.library.Library("qtemper", "FRAGMENT")  # type: ignore[no-untyped-call]
+_OPERATORS.define("counter_words(Tensor key, SymInt first, SymInt rows, SymInt columns) -> Tensor")
+_OPERATORS.impl("counter_words", _words, "CompositeExplicitAutograd")
+_OPERATORS.impl("counter_words", _words_by_numpy, "CPU")
+
+
+@torch.library.register_fake("qtemper::counter_words")  # type: ignore[untyped-decorator]
+def _(key: Tensor, first: int, rows: int, columns: int) -> Tensor:
+    return key.new_empty(columns + rows, dtype=torch.float32)
 
 
 def counter_uniform(index: Tensor, key: Tensor) -> Tensor:
@@ -87,28 +129,15 @@ def coarse_uniform(bits: Tensor) -> Tensor:
     return ((bits & 511).to(torch.float32) + 0.5) * 2.0**-9
 
 
-def element_index(x: Tensor, first: int = 0) -> Tensor:
-    """Index of each element of `x`, int32, shape of `x`; the same in every memory format.
+def gaussian(bits: Tensor) -> Tensor:
+    """Standard normal float32 from 32 bits; |result| < 5.2.
 
-    Row-major order, with channels last in images: the order in which images usually lie in memory here, so that a
-    compiler turns the index into a plain counter.
-
-    Args:
-        x: any tensor.
-        first: index of the first element; counts beyond 2**31 wrap around.
+    Box and Muller (1958): one of 2**18 radii from the upper bits, one of 2**14 angles from the others. Unlike the
+    inverse of the normal distribution, all of it is vectorised by torch.compile.
     """
-    index = torch.arange(x.numel(), dtype=torch.int32, device=x.device)
-    if x.dim() == 4:
-        count, channels, height, width = x.shape
-        index = index.view(count, height, width, channels).permute(0, 3, 1, 2)
-    else:
-        index = index.view(x.shape)
-    return index + _signed32(first & 0xFFFFFFFF) if first else index
-
-
-def gaussian_from_uniform(u: Tensor) -> Tensor:
-    """Standard normal by inversion; |result| < 5.3 because `u` keeps 2**-24 away from 0 and 1."""
-    return math.sqrt(2.0) * torch.erfinv(2 * u - 1)
+    radius = (_shift_right(bits, 14).to(torch.float32) + 0.5) * 2.0**-18
+    angle = ((bits & (2**14 - 1)).to(torch.float32) + 0.5) * (2 * math.pi * 2.0**-14)
+    return torch.sqrt(-2 * torch.log(radius)) * torch.cos(angle)
 
 
 class NoiseSource(nn.Module):
@@ -153,12 +182,26 @@ class NoiseSource(nn.Module):
         """Noise in [-1, 1] of the same bits, for half the operations; not independent of `forward`."""
         return signed_uniform(self._bits(v))
 
+    def gaussian(self, v: Tensor) -> Tensor:
+        """Standard normal noise of the same bits."""
+        return gaussian(self._bits(v))
+
     def dither(self, v: Tensor) -> Tensor:
-        """Further, independent noise in (0, 1) for the same elements, in steps of 1/512."""
+        """Noise in (0, 1) in steps of 1/512, independent of `forward` and `signed`."""
         return coarse_uniform(self._bits(v))
 
     def _bits(self, v: Tensor) -> Tensor:
-        first, count = self.block or (0, v.shape[0] if v.dim() else 1)
+        # A row: one of an image's; elsewhere what the last dimension holds, or a single element of a vector.
+        rows: tuple[int, ...] = (v.shape[0], v.shape[2]) if v.dim() == 4 else v.shape[: max(v.dim() - 1, 1)]
+        width = v.shape[1] * v.shape[3] if v.dim() == 4 else v.shape[-1] if v.dim() > 1 else 1
+        first, count = self.block or (0, rows[0] if rows else 1)
         # The size of one sample, so that nothing here depends on the size of the block.
-        start = (self.part * count + first) * math.prod(v.shape[1:])
-        return counter_bits(element_index(v, first=start), self.key)
+        start = (self.part * count + first) * math.prod(rows[1:])
+        words: Tensor = torch.ops.qtemper.counter_words(self.key, start, math.prod(rows), width)
+        column, row = words[:width].view(torch.int32), words[width:].view(torch.int32)
+        if v.dim() == 4:
+            # Channels last: the order in which images usually lie in memory here.
+            row, column = row.view(rows[0], 1, rows[1], 1), column.view(v.shape[3], v.shape[1]).t().unsqueeze(1)
+        else:
+            row = row.view(*rows, 1)
+        return mix_words(row, column).view(v.shape)

@@ -8,6 +8,10 @@ where that is exact. A method knows nothing of it. `use_fast_path(False)` switch
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch._functorch import config as _aot_config
 
 _enabled = os.environ.get("QTEMPER_FAST", "1") != "0"
 
@@ -24,3 +28,18 @@ def use_fast_path(enabled: bool) -> None:
 def fast_path() -> bool:
     """Whether the fast path is switched on."""
     return _enabled
+
+
+@contextmanager
+def cached_compilation() -> Iterator[None]:
+    """While this is open, torch.compile keeps all of its work on disk, for later processes to start in half the time.
+
+    By default it does so only for networks without autograd functions, because it cannot see what else these read. Ours
+    read nothing but their arguments; be sure of your own. `train.fit` opens it; around your own training loop, do so
+    from the first step on. Without effect before torch 2.7.
+    """
+    if not hasattr(_aot_config, "autograd_cache_allow_custom_autograd_functions"):
+        yield
+        return
+    with _aot_config.patch(autograd_cache_allow_custom_autograd_functions=True):
+        yield

@@ -39,7 +39,6 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor, nn
 
-from qtemper import counter
 from qtemper import functional as F
 from qtemper.counter import NoiseSource
 from qtemper.methods.ewgs import DELTA_MAX, Delta, FixedDelta, HessianDelta
@@ -53,7 +52,7 @@ RuleName = Literal["fixed", "hessian", "gradient", "correlation"]
 ZETA: dict[str, Callable[[NoiseSource, Tensor, Tensor], Tensor]] = {
     "uniform": lambda noise, v, t: (t * math.sqrt(3.0)) * noise.signed(v).to(v.dtype),
     "rademacher": lambda noise, v, t: t * torch.where(noise(v) < 0.5, -1.0, 1.0).to(v.dtype),
-    "gaussian": lambda noise, v, t: t * counter.gaussian_from_uniform(noise(v)).to(v.dtype),
+    "gaussian": lambda noise, v, t: t * noise.gaussian(v).to(v.dtype),
     "toward_input": lambda noise, v, t: t * noise(v).to(v.dtype),
 }
 """Multiplier T * zeta of the error, from noise, positions and T. `on_grid` jumps instead of multiplying."""
@@ -62,7 +61,7 @@ REACH = {
     "none": 0.0,
     "uniform": math.sqrt(3.0),
     "rademacher": 1.0,
-    "gaussian": 5.3,
+    "gaussian": 5.2,
     "toward_input": 0.0,
     "on_grid": 0.0,
 }

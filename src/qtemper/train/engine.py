@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qtemper.curvature import update_curvature
 from qtemper.data.images import batch_share
 from qtemper.data.source import Source
+from qtemper.fast import cached_compilation
 from qtemper.progress import set_progress
 from qtemper.quantizer import quantizers
 from qtemper.train.allocator import keep_memory
@@ -169,7 +170,7 @@ class _Trainer:
         self.display = Display(
             config.epochs, self.steps, config.batch_size, state.step, title, quiet=not self.fabric.is_global_zero
         )
-        with self.display, stop_on_signal() as self.stopped:
+        with self.display, cached_compilation(), stop_on_signal() as self.stopped:
             while state.step < self.total:
                 try:
                     self.epoch()
