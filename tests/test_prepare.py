@@ -170,7 +170,7 @@ class TestPolicy:
         assert type(model[4]) is nn.Conv2d
 
     def test_methods_choose_the_levels_unless_the_policy_does(self):
-        rows = list(qtemper.make_plan(network(), BitPolicy(2, 2, "same"), qtemper.get_method("ewgs")))
+        rows = list(qtemper.make_plan(network(), BitPolicy(2, 2, "same"), "ewgs"))
         assert {r.levels for r in rows if r.tensor == "weight"} == {"symmetric"}
         policy = BitPolicy(2, 2, "same", rules=(Rule("*", weight_levels="signed"),))
         rows = list(qtemper.make_plan(network(), policy, qtemper.get_method("ewgs")))

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from qtemper import layers
 from qtemper.errors import ConfigError, UnsupportedModuleError, nearest
 from qtemper.functional import Levels
+from qtemper.methods import get_method
 from qtemper.quantizer import Method, QuantSpec, TensorKind
 
 FLOAT_BITS = 32
@@ -181,13 +182,14 @@ _REFUSED: dict[type[Any], str] = {
 }
 
 
-def make_plan(model: nn.Module, policy: BitPolicy | str, method: Method | None = None) -> Plan:
+def make_plan(model: nn.Module, policy: BitPolicy | str, method: Method | str | None = None) -> Plan:
     """Apply a policy to a model.
 
     Args:
         model: the float model.
         policy: a `BitPolicy` or shorthand such as "W4A4".
-        method: decides the kind of grid where the policy does not (EWGS's weights are symmetric, for instance).
+        method: a method or its name; decides the kind of grid where the policy does not (EWGS's weights are symmetric,
+            for instance).
 
     Raises:
         UnsupportedModuleError: a module cannot be quantized; the message names it and the way out.
@@ -195,6 +197,7 @@ def make_plan(model: nn.Module, policy: BitPolicy | str, method: Method | None =
         ValueError: bits out of range.
     """
     policy = BitPolicy.parse(policy) if isinstance(policy, str) else policy
+    method = get_method(method) if isinstance(method, str) else method
     names = [name for name, module in model.named_modules() if isinstance(module, layers.QUANTIZABLE)]
     refused = {name: why for name, module in model.named_modules() if (why := _refusal(module))}
     _check_rules(policy, [*names, *refused])

@@ -50,13 +50,12 @@ def cifar(data: DataName, arch: Arch, bits: str | None, method: str | None) -> E
 
 
 def small_fit(bits: str | None, method: str | None) -> Experiment:
-    """The reduced network in the small protocol, `fit`, in float32: a CPU without bf16 is ten times slower in it."""
+    """The reduced network in the small protocol, `fit`."""
     experiment = small("fit", bits, method)
     experiment = replace(
         experiment,
         name=experiment.name.replace("small-fit", "small-fit-mobilenet"),
         model=ModelConfig(arch="mobilenet_v2_reduced"),
-        train=replace(experiment.train, precision="float32"),
     )
     return experiment if bits is None else _progressive(experiment, bits)
 
