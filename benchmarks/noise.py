@@ -44,15 +44,25 @@ class Sums:
     def __init__(self) -> None:
         self.total: dict[str, float] = {}
         self.weight: dict[str, float] = {}
+        self.extremes: dict[str, tuple[float, int]] = {}
 
     def add(self, name: str, values: Tensor, variance: float = 1.0) -> None:
         """Add independent values of mean 0."""
         self.total[name] = self.total.get(name, 0.0) + float(values.sum())
         self.weight[name] = self.weight.get(name, 0.0) + variance * values.numel()
 
+    def add_extreme(self, name: str, value: float, count: int) -> None:
+        """Add the largest magnitude of so many normal numbers."""
+        largest, before = self.extremes.get(name, (0.0, 0))
+        self.extremes[name] = max(largest, value), before + count
+
     def scores(self) -> dict[str, float]:
-        """Sums in their standard errors."""
-        return {name: total / math.sqrt(self.weight[name]) for name, total in self.total.items()}
+        """Sums in their standard errors, and extremes as the normal number that is exceeded as rarely."""
+        scores = {name: total / math.sqrt(self.weight[name]) for name, total in self.total.items()}
+        for name, (value, count) in self.extremes.items():
+            expected = torch.tensor(2 * count, dtype=torch.float64) * torch.special.ndtr(torch.tensor(-value).double())
+            scores[name] = float(-torch.special.ndtri(-torch.expm1(-expected)))
+        return scores
 
 
 def add_structure(sums: Sums, kind: str, numbers: Tensor) -> None:
@@ -65,6 +75,8 @@ def add_structure(sums: Sums, kind: str, numbers: Tensor) -> None:
             # Variance of a squared sum of products: 2 n**2 from the sum, (1.8**2 - 3) n from its terms.
             variance = 2 * length**2 + (1.8**2 - 3) * length
             sums.add(f"{kind}dependence of {name} {lag} apart", (dots**2 - length) / math.sqrt(variance))
+    likeness = (numbers.float() @ numbers.float().T).triu(1).abs().max() / math.sqrt(COLUMNS)
+    sums.add_extreme(f"{kind}likest two rows of a block", float(likeness), ROWS * (ROWS - 1) // 2)
     corners = numbers[:-1, :-1] * numbers[1:, :-1] * numbers[:-1, 1:] * numbers[1:, 1:]
     sums.add(f"{kind}corners of a square", corners)
 

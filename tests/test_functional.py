@@ -150,6 +150,63 @@ class TestNoise:
                 for other in set(range(len(shape))) - {dim}:
                     assert abs((pairs * pairs.roll(1, other)).mean()) < 6 / math.sqrt(self.N), (dim, other)
 
+    @pytest.mark.parametrize("draw", ["__call__", "dither", "gaussian"])
+    def test_no_two_rows_are_alike(self, draw):
+        source = counter.NoiseSource()
+        worst = 0.0
+        for key in range(3):
+            source.seed(key, "rows")
+            u = getattr(source, draw)(torch.empty(2048, 512))
+            u = (u - u.mean()) / u.std()
+            worst = max(worst, float((u @ u.T).triu(1).abs().max()) / 512**0.5)
+        assert worst < 6.5  # of 6.3 million pairs, in standard errors; 5.3 is expected
+
+    def test_dither_is_independent_of_gaussian_noise(self):
+        source = counter.NoiseSource()
+        source.seed(1, "here")
+        like = torch.empty(2048, 2048)
+        z, dither = source.gaussian(like), source.dither(like).double() - 0.5
+        for low, high in ((0, 0.02), (0, 0.1), (-0.1, 0), (1, 1.1), (-4, -3)):
+            chosen = dither[(low < z) & (z < high)] * math.sqrt(12)
+            assert abs(chosen.mean()) < 5 / math.sqrt(len(chosen)), low
+            assert abs((chosen**2).mean() - 1) < 5 * math.sqrt(0.8 / len(chosen)), low
+
+    @pytest.mark.parametrize(
+        "shape", [(), (7,), (6, 5), (6, 3, 5), (6, 4, 3, 5), (6, 2, 3, 4, 5), (0, 4, 3, 5), (6, 0)]
+    )
+    def test_parts_and_blocks_are_those_of_the_whole(self, shape):
+        source = counter.NoiseSource()
+        source.seed(3, "here")
+        x = torch.empty(shape)
+        whole = source(x)
+        assert whole.shape == x.shape
+        if x.dim() and len(x):
+            for first in range(len(x)):
+                source.block = (first, len(x))
+                assert torch.equal(source(x[first : first + 1]), whole[first : first + 1])
+            source.block = None
+        if len(shape) > 1 and len(x):
+            source.part = 1
+            assert torch.equal(source(x[3:]), whole[3:])
+
+    def test_words_are_the_same_by_numpy_and_by_torch(self):
+        key = torch.tensor(counter.derive_key(4), dtype=torch.int32)
+        for first in (0, 5, 2**31 - 3, 2**40 + 1):
+            words = counter._words(key, first, 100, 30).view(torch.int32)
+            assert torch.equal(words, counter._words_by_numpy(key, first, 100, 30).view(torch.int32))
+        # The other checks compare values, and some of these bits are NaN's.
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(torch.ops.qtemper.counter_words.default, (key, 5, 100, 30), test_utils=checks)
+
+    @pytest.mark.parametrize("shape", [(9, 50), (3, 8, 6, 6)])
+    def test_a_source_draws_the_same_eager_and_compiled(self, shape):
+        source = counter.NoiseSource()
+        x = torch.empty(shape)
+        for draw in (source.forward, source.signed, source.dither):
+            assert torch.equal(torch.compile(draw, fullgraph=True)(x), draw(x))
+        z = source.gaussian(x)
+        torch.testing.assert_close(torch.compile(source.gaussian, fullgraph=True)(x), z, rtol=1e-5, atol=1e-6)
+
     def test_gaussian(self):
         words = torch.arange(self.N, dtype=torch.int32)
         bits = counter.counter_bits(words, torch.tensor(counter.derive_key(8), dtype=torch.int32))

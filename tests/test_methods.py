@@ -129,6 +129,15 @@ class TestTemperingIdentities:
 class TestTemperingNoise:
     DRAWS = 4000
 
+    @pytest.mark.parametrize("rule", ["fixed", "gradient"])
+    @pytest.mark.parametrize("noise", ["uniform", "gaussian"])
+    def test_values_stay_within_reach(self, noise, rule):
+        method = NoiseTempering(noise=noise, delta_rule=rule, scale_on="both", delta_weight=1.95)
+        rounding = make(method, "weight", 4, "signed", 1.0).rounding
+        v = torch.linspace(-8, 7, 2_000_001)
+        value = rounding(v).detach()
+        assert 0.8 < float(max(value.max() - 7, -8 - value.min())) <= rounding.reach
+
     def draws(self, noise, temperature, v):
         """Mean and variance of the perturbed position over many steps, at one temperature."""
         method = NoiseTempering(noise=noise, temperature=Constant(temperature), delta_rule="fixed")

@@ -70,8 +70,8 @@ def _shift_right(h: Words, bits: int) -> Words:
 def mix_words(row: Tensor, column: Tensor) -> Tensor:
     """32 pseudo-random bits for every pair of a row and a column, from a word of `counter_bits` for each.
 
-    The words are random already, so half a mixer is enough for the many elements: five operations, of which the
-    shift may be arithmetic (it costs the words' images one bit). Further ones would not pay (benchmarks/noise.py).
+    The words are random already, so half a mixer is enough for the many elements: five operations. The shift may be
+    arithmetic, at the price of a bit: `h` and `~h` end as one, so 2**31 different results are left.
     """
     h = (row ^ column) * _signed32(0x7FEB352D)
     return (h ^ (h >> 15)) * _signed32(0x846CA68B)
@@ -90,7 +90,7 @@ def _words_by_numpy(key: Tensor, first: int, rows: int, columns: int) -> Tensor:
 
 
 # An operator, so that torch.compile keeps the words in memory and does not hash anew for every element. The words' bits
-# are called float32: without AVX-512, torch.compile's code takes 5 times as long to load vectors of int32.
+# are called float32 (some of them NaN): without AVX-512, torch.compile's code takes 5 times as long to load int32.
 _OPERATORS: Any = torch.library.Library("qtemper", "FRAGMENT")  # type: ignore[no-untyped-call]
 _OPERATORS.define("counter_words(Tensor key, SymInt first, SymInt rows, SymInt columns) -> Tensor")
 _OPERATORS.impl("counter_words", _words, "CompositeExplicitAutograd")
@@ -125,15 +125,19 @@ def signed_uniform(bits: Tensor) -> Tensor:
 
 
 def coarse_uniform(bits: Tensor) -> Tensor:
-    """Uniform float32 in (0, 1) from the lower 9 of 32 bits, which `uniform` leaves."""
-    return ((bits & 511).to(torch.float32) + 0.5) * 2.0**-9
+    """Uniform float32 in (0, 1) from 9 of 32 bits, independent of the other distributions of the same bits.
+
+    The lower 9, which `uniform` leaves, xor others, because a product carries upwards only: the low bits of
+    `mix_words` know nothing of the high bits of its words. And given a `gaussian`, the low bits alone are not random.
+    """
+    return (((bits ^ (bits >> 14)) & 511).to(torch.float32) + 0.5) * 2.0**-9
 
 
 def gaussian(bits: Tensor) -> Tensor:
     """Standard normal float32 from 32 bits; |result| < 5.2.
 
     Box and Muller (1958): one of 2**18 radii from the upper bits, one of 2**14 angles from the others. Unlike the
-    inverse of the normal distribution, all of it is vectorised by torch.compile.
+    inverse of the normal distribution, all of it is vectorised by torch.compile, to other last bits than eager.
     """
     radius = (_shift_right(bits, 14).to(torch.float32) + 0.5) * 2.0**-18
     angle = ((bits & (2**14 - 1)).to(torch.float32) + 0.5) * (2 * math.pi * 2.0**-14)
@@ -200,8 +204,7 @@ class NoiseSource(nn.Module):
         words: Tensor = torch.ops.qtemper.counter_words(self.key, start, math.prod(rows), width)
         column, row = words[:width].view(torch.int32), words[width:].view(torch.int32)
         if v.dim() == 4:
-            # Channels last: the order in which images usually lie in memory here.
-            row, column = row.view(rows[0], 1, rows[1], 1), column.view(v.shape[3], v.shape[1]).t().unsqueeze(1)
-        else:
-            row = row.view(*rows, 1)
-        return mix_words(row, column).view(v.shape)
+            # Channels last, as images usually lie in memory here.
+            bits = mix_words(row.view(*rows, 1, 1), column.view(v.shape[3], v.shape[1]))
+            return bits.permute(0, 3, 1, 2)
+        return mix_words(row.view(*rows, 1), column).view(v.shape)

@@ -102,7 +102,8 @@ def _keep_codes() -> Any:
     return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
 
 
-_keep_codes.cache_hash = "qtemper keeps codes"  # type: ignore[attr-defined]  # or no graph with it would be cached
+# Or no graph with it would be cached. To be changed with the policy, which the cache cannot see.
+_keep_codes.cache_hash = "qtemper keeps codes, 1"  # type: ignore[attr-defined]
 # torch warns of a context_fn because in-place operations in the region would break it; a quantizer has none.
 logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn is passed" not in record.msg)
 

@@ -159,7 +159,8 @@ class TemperedRounding(Rounding):
         self.scales_gradient = not (isinstance(delta, FixedDelta) and float(delta.value) == 0.0)
         self.noise = NoiseSource() if noise != "none" else None
         self.integral = noise in ("none", "on_grid")
-        self.reach = math.ceil(REACH.get(noise, 0.0) * max(temperature(0.0), temperature(1.0)) / 2)
+        gain = DELTA_MAX if isinstance(delta, GradientDelta) else 1.0  # it scales the noise, too
+        self.reach = math.ceil(REACH.get(noise, 0.0) * gain * max(temperature(0.0), temperature(1.0)) / 2)
         self.register_buffer("temperature", torch.tensor(temperature(0.0) if noise != "none" else 0.0))
 
     def forward(self, v: Tensor) -> Tensor:
