@@ -129,6 +129,16 @@ class TestTemperingIdentities:
 class TestTemperingNoise:
     DRAWS = 4000
 
+    def test_function_transforms_give_the_same_gradient_and_change_nothing(self):
+        quantizer = make(NoiseTempering(), "weight", 2, "signed", 0.6)
+        x, g = data("signed")
+        found = torch.func.grad(lambda t: (quantizer(t) * g).sum())(x.detach())
+        assert not quantizer.rounding.delta.sums.any()
+        each = torch.func.vmap(torch.func.grad(lambda t, h: (quantizer(t) * h).sum()))(x.detach()[None], g[None])
+        quantizer(x).backward(g)
+        assert torch.equal(found, x.grad)
+        assert torch.equal(each[0], x.grad)
+
     @pytest.mark.parametrize("rule", ["fixed", "gradient"])
     @pytest.mark.parametrize("noise", ["uniform", "gaussian"])
     def test_values_stay_within_reach(self, noise, rule):

@@ -278,8 +278,11 @@ def probe_curvature(value: Tensor, noise: Tensor, sums: Tensor) -> Tensor:
         value: noisy position, in bins.
         noise: the noise in `value`, same shape, in bins.
         sums: float32 buffer, shape (5,), to which the backward pass adds
-            `[sum g*noise, sum noise^2, sum g, sum g^2, number of elements]`.
+            `[sum g*noise, sum noise^2, sum g, sum g^2, number of elements]`; not within torch.func's transforms,
+            whose functions must not change anything.
     """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return value
     return _apply(_ProbeCurvature, value, noise, sums)
 
 
