@@ -3,7 +3,7 @@
 Names: `small-fit-float` and `small-fit-w2a2-lsq`, and the same with `underfit`. Two regimes, because they answer
 differently: `fit` has the first 10,000 training images, which the network learns by heart, as in 400 epochs;
 `underfit` has all 50,000 and ends long before. In float32, because most CPUs only emulate bf16; with avx512_bf16,
-`train.precision=bf16` takes about half the time.
+`train.precision=bf16` takes about two thirds of the time.
 """
 
 from __future__ import annotations
