@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ from qtemper.train.evaluation import evaluate, temperature
 from qtemper.train.metrics import DivergedError, MetricsLog, RunningMetrics
 from qtemper.train.optim import Loss, build_loss, build_optimizers, set_learning_rate
 from qtemper.train.processes import (
+    Agreement,
     add_up_statistics,
-    largest,
     make_fabric,
     report_lost_process,
     share_buffers,
@@ -57,12 +56,12 @@ def train_step(
 
     `check` sees the loss when the gradients are there and before any parameter moves; it raises to prevent that.
     """
+    for optimizer in optimizers:  # before the forward pass, whose memory the old gradients would add to
+        optimizer.zero_grad()
     with autocast:
         logits = model(images)
     logits = logits.float()
     value = loss(logits, labels, images)
-    for optimizer in optimizers:
-        optimizer.zero_grad()
     value.backward()  # type: ignore[no-untyped-call]
     check(value.detach())
     for optimizer in optimizers:
@@ -100,7 +99,8 @@ def fit(
 
     Raises:
         TrainingInterrupted: on Ctrl-C or SIGTERM, after a checkpoint.
-        DivergedError: a loss or gradient is not finite, and `on_nonfinite` is `stop` or rollbacks did not help.
+        DivergedError: a loss or gradient is not finite, and `on_nonfinite` is `stop` or rollbacks did not help. On a
+            CPU no parameter has moved by it; an accelerator is one step ahead.
         CheckpointError: nothing to resume from, or a checkpoint cannot be written.
         ProcessLostError: another process died or did not answer in time.
     """
@@ -151,6 +151,7 @@ class _Trainer:
         )
         self.running = RunningMetrics(config.batch_size, self.state.totals)
         self.log = MetricsLog(out if fabric.is_global_zero else None, tensorboard=config.tensorboard)
+        self.broken, self.stop = Agreement(fabric), Agreement(fabric)
         self.rollbacks = 0
 
     def run(self, resume: bool, title: str) -> list[dict[str, Any]]:
@@ -200,7 +201,10 @@ class _Trainer:
 
     def stop_signal(self) -> int:
         """The signal that any process has received, or 0: all stop in the same step."""
-        return int(largest([float(self.stopped[0] if self.stopped else 0)], self.fabric)[0])
+        received = self.stopped[0] if self.stopped else 0
+        if self.fabric.world_size == 1:
+            return received
+        return int(self.stop.ask(torch.full((), float(received), device=self.fabric.device)))
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """One optimizer step and what is reported of it."""
@@ -222,14 +226,18 @@ class _Trainer:
         """Clip the gradient, and refuse the step on all processes if a loss or gradient is not finite on one."""
         parameters = [p for p in self.state.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        (bad,) = largest([float(not math.isfinite(float(value + norm)))], self.fabric)
-        if bad:
-            raise DivergedError(
-                f"the loss or a gradient is NaN or infinite in step {self.state.step + 1}; lower optim.lr or "
-                "optim.quantizer_lr, set optim.clip_norm, or set on_nonfinite=rollback."
-            )
+        self.refuse(self.broken.ask(torch.isfinite(value + norm).logical_not().float()))
         if self.config.optim.clip_norm > 0:
             nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_norm, norm)
+
+    def refuse(self, broken: float) -> None:
+        """Raise where a step, this one or the one before, is not finite."""
+        if broken:
+            step = self.state.step if self.broken.late else self.state.step + 1
+            raise DivergedError(
+                f"the loss or a gradient is NaN or infinite in step {step}; lower optim.lr or "
+                "optim.quantizer_lr, set optim.clip_norm, or set on_nonfinite=rollback."
+            )
 
     def finish_epoch(self, epoch: int) -> None:
         """Test accuracy, one line of metrics, and the Hessian for methods that ask for it."""
@@ -280,6 +288,7 @@ class _Trainer:
 
     def checkpoint(self) -> Path | None:
         """Write a checkpoint where there is a directory for it, but none that diverged."""
+        self.refuse(self.broken.settle())
         if self.out is None:
             return None
         path = None
@@ -308,6 +317,7 @@ class _Trainer:
             raise error
         self.rollbacks += 1
         self.running.recent.clear()
+        self.broken.settle()
         for optimizer in self.state.optimizers:
             optimizer.zero_grad()
         factor = self.state.lr_factor / 2

@@ -140,13 +140,45 @@ def add_up_statistics(model: nn.Module, fabric: Fabric) -> None:
                     buffer.div_(fabric.world_size)
 
 
-def largest(values: list[float], fabric: Fabric) -> list[float]:
-    """Elementwise maximum over all processes: how they agree to stop."""
-    if fabric.world_size == 1:
-        return values
-    together = torch.tensor(values, dtype=torch.float64, device=fabric.device)
-    torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX)
-    return together.tolist()
+class Agreement:
+    """The largest of all processes' numbers in every step, without making an accelerator wait for its answer.
+
+    On a CPU the answer is of the same step. An accelerator has yet to compute it, and would be idle for as long as the
+    host waited; there each answer is the previous step's, which arrived meanwhile.
+
+    Args:
+        fabric: the processes.
+    """
+
+    def __init__(self, fabric: Fabric) -> None:
+        self.fabric = fabric
+        self.late = fabric.device.type != "cpu"
+        self._pending: tuple[Tensor, torch.Event | None] | None = None
+
+    def ask(self, value: Tensor) -> float:
+        """Share this step's number, a scalar on the device; returns the largest of this step, or of the one before.
+
+        In the first step, whose predecessor there is not, 0.
+        """
+        if self.fabric.world_size > 1:
+            torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+        if not self.late:
+            return value.item()
+        answer = self.settle()
+        event = None if value.device.type == "cpu" else torch.Event(value.device)
+        self._pending = value.to("cpu", non_blocking=True), event
+        if event is not None:
+            event.record()
+        return answer
+
+    def settle(self) -> float:
+        """The answer that was not given yet, waited for; 0 if there is none."""
+        if self._pending is None:
+            return 0.0
+        (value, event), self._pending = self._pending, None
+        if event is not None:
+            event.synchronize()
+        return value.item()
 
 
 def total(values: Tensor, fabric: Fabric) -> Tensor:
