@@ -1,5 +1,7 @@
 # Nothing is needed before `make demo` or `make test` but Python 3.10+ and make: both set up .venv themselves.
 PYTHON ?= python3
+# Test processes at a time: one for each core that is free, with 2 GB of memory for each.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -15,7 +17,7 @@ demo: $(READY)
 	$(BIN)/qtemper train digits-w2a2-tempering
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: lint types test
 

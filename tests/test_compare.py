@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from scipy import stats
@@ -18,6 +19,7 @@ from qtemper.errors import ConfigError
 from qtemper.run import RunDir
 
 RECIPE = "digits-w2a2-tempering"
+STUDY = Path(__file__).parents[1] / "benchmarks" / "study"
 
 
 def pool(root, say, jobs=1):
@@ -50,6 +52,28 @@ def test_first_seed_of_every_arm_runs_first():
 def test_bad_arms_are_refused(vary, arms, says):
     with pytest.raises(ConfigError, match=says):
         grid.make_arms(vary, arms)
+
+
+def test_arms_from_a_file(tmp_path):
+    path = tmp_path / "x.arms"
+    path.write_text("# two of them\n\nste: method=ste\n  quiet: method=tempering; method.noise=none\n")
+    arms = grid.make_arms([], ["lsq: method=lsq", *grid.read_arms(path)])
+    assert [a.label for a in arms] == ["lsq", "ste", "quiet"]
+    assert arms[2].assignments == ("method=tempering", "method.noise=none")
+    path.write_text("# none\n")
+    with pytest.raises(ConfigError, match=r"x\.arms has no arm"):
+        grid.read_arms(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="no text"):
+        grid.read_arms(path)
+    with pytest.raises(ConfigError, match="No such file"):
+        grid.read_arms(tmp_path / "none.arms")
+
+
+@pytest.mark.parametrize("path", sorted(STUDY.glob("*.arms")), ids=lambda path: path.stem)
+def test_the_studys_arms_fit_its_recipes(path):
+    runs = grid.make_runs("small-fit-w1a1-tempering", [], grid.make_arms([], grid.read_arms(path)), [0])
+    assert len({run.config_hash for run in runs}) == len(runs) > 10
 
 
 def test_bad_settings_name_the_arm():

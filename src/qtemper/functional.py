@@ -161,7 +161,15 @@ def replace_value(path: Tensor, value: Tensor) -> Tensor:
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """Forward `x`, backward `g * factor`."""
-    return replace_value(x * factor, x.detach())
+    return _replace_few(x * factor, x.detach())
+
+
+def _replace_few(path: Tensor, value: Tensor) -> Tensor:
+    """`replace_value` for scales: of a few elements two operations cost less than an autograd function.
+
+    Above all torch.compile, which takes 50 ms to trace one. Exact: a finite number less itself is zero.
+    """
+    return value + (path - path.detach())
 
 
 class _ElementwiseGradientScaling(torch.autograd.Function):
@@ -245,7 +253,7 @@ def decode_learned_step(value: Tensor, v: Tensor, scale: Tensor, codes: CodeRang
 def positive(x: Tensor) -> Tensor:
     """`max(x, SCALE_FLOOR)`; the gradient passes even below the floor, so that a step can come back up."""
     # SCALE_FLOOR as a literal: torch.compile(dynamic=True) makes a variable of a global float, and then fails.
-    return replace_value(x, x.detach().clamp_min(max(1e-8, torch.finfo(x.dtype).tiny)))
+    return _replace_few(x, x.detach().clamp_min(max(1e-8, torch.finfo(x.dtype).tiny)))
 
 
 class _ProbeCurvature(torch.autograd.Function):
@@ -287,8 +295,11 @@ def probe_curvature(value: Tensor, noise: Tensor, sums: Tensor) -> Tensor:
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
-    # Function.apply is untyped in torch's stubs; one cast here keeps the callers typed.
-    result: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
+    # `Function.apply` first reads the signature, for torch.func's sake, which takes longer than a small operation does.
+    apply: Any = function.apply
+    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    result: Tensor = apply(*args)
     return result
 
 

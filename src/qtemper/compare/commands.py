@@ -75,6 +75,7 @@ class Compare(_Runs):
     Attributes:
         vary: an axis, path=value,value (`bits=W2A2,W1A1` for the policy); several make a product.
         arm: one more arm, "label: path=value; path=value".
+        arms_from: a file with more arms, one a line; a line that begins with # is a comment.
         seeds: of the runs.
         baseline: label of the arm that the others are compared with.
         record: append the ended runs to this file of JSON lines.
@@ -82,6 +83,7 @@ class Compare(_Runs):
 
     vary: UseAppendAction[tuple[str, ...]] = ()
     arm: UseAppendAction[tuple[str, ...]] = ()
+    arms_from: Path | None = None
     seeds: tuple[int, ...] = (0,)
     baseline: str | None = None
     record: Path | None = None
@@ -92,7 +94,8 @@ class Compare(_Runs):
         from qtemper.data.images import optional_module
 
         optional_module("scipy.stats", "compare")  # before the runs, not at the table after them
-        arms = grid.make_arms(list(self.vary), list(self.arm))
+        more = [] if self.arms_from is None else grid.read_arms(self.arms_from)
+        arms = grid.make_arms(list(self.vary), [*self.arm, *more])
         runs = grid.make_runs(self.recipe, list(self.assignments), arms, list(self.seeds))
         if self.baseline is not None and self.baseline not in {a.label for a in arms}:
             raise ConfigError(

@@ -100,6 +100,23 @@ def make_arms(vary: list[str], arms: list[str]) -> list[Arm]:
     return [Arm(arm.label, tuple(expand(arm.assignments))) for arm in found]
 
 
+def read_arms(path: Path) -> list[str]:
+    """The arms in a file, one a line as in `make_arms`; empty lines and those that begin with # are not.
+
+    Raises:
+        ConfigError: no such file, one that is no text, or no arm in it.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise ConfigError(f"cannot read {path}: {reason}; --arms-from needs a file with an arm a line.") from None
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise ConfigError(f'{path} has no arm; write lines like "label: path=value; path=value".')
+    return found
+
+
 def expand(assignments: tuple[str, ...]) -> list[str]:
     """Assignments for `config.override`, in which `bits=W2A2` has become the policy's two bit widths.
 
