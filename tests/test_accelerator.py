@@ -6,6 +6,9 @@ Whoever reads one fails there, as does an operation on tensors of two devices; c
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +23,7 @@ from qtemper import calibrate, prepare
 from qtemper.data import ImageData, MemorySource, Split
 from qtemper.methods import available
 from qtemper.models import SmallConvNet
-from qtemper.train import DivergedError, OptimConfig, TrainConfig, engine, fit
+from qtemper.train import DivergedError, OptimConfig, TrainConfig, TrainingInterrupted, engine, fit
 from qtemper.train.engine import train_step
 from qtemper.train.processes import Agreement
 
@@ -29,7 +32,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 META = SimpleNamespace(device=torch.device("meta"), world_size=1, global_rank=0, is_global_zero=True)
 
 
-COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+ATEN = torch.ops.aten
+COPIES = (ATEN._to_copy.default, ATEN.copy_.default, ATEN.index.Tensor, ATEN.index_put_.default)
 
 
 class Copies(TorchDispatchMode):
@@ -107,7 +111,8 @@ def test_copies_are_found() -> None:
     with FromNumbers() as numbers, Copies() as copies:
         torch.tensor(1.0).to("meta")
         torch.tensor([1.0, 2.0], device="meta")
-    assert len(copies.found) == len(numbers.found) == 1
+        torch.empty(3, device="meta")[torch.tensor([0, 2])]
+    assert (len(copies.found), len(numbers.found)) == (2, 1)
 
 
 class Late(Agreement):
@@ -120,7 +125,7 @@ class Late(Agreement):
 
 @pytest.mark.parametrize("step", [1, 2, 4, 5])  # 4 are an epoch
 def test_what_is_not_finite_is_noticed_one_step_later_and_never_kept(
-    step: int, tmp_path: Any, monkeypatch: Any
+    step: int, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(engine, "Agreement", Late)
     model, steps = model_for("lsq"), []
@@ -135,3 +140,49 @@ def test_what_is_not_finite_is_noticed_one_step_later_and_never_kept(
     assert len(steps) == (step if step == 4 else step + 1)  # an epoch's last step is looked at before its checkpoint
     kept = sorted(path.name for path in tmp_path.glob("checkpoints/step-*"))
     assert kept == ([] if step <= 4 else ["step-00000004"])
+
+
+def test_a_late_rollback_goes_on_from_the_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(engine, "Agreement", Late)
+    model, steps = model_for("lsq"), []
+
+    def spoil(grad: Tensor) -> Tensor:
+        steps.append(len(steps) + 1)
+        return grad * float("nan") if len(steps) == 6 else grad
+
+    model.get_parameter("fc.weight").register_hook(spoil)
+    config = TrainConfig(epochs=2, batch_size=16, on_nonfinite="rollback")
+    history = fit(model, MemorySource(DATA, "half"), config, out=tmp_path)
+    assert [epoch["step"] for epoch in history] == [4, 8]
+    assert len(steps) == 4 + 3 + 4  # the third step of the second epoch learns of the second
+
+
+class OneOfTwo:
+    """Enough of a Fabric for a process whose companion has the same numbers."""
+
+    device, world_size, global_rank, is_global_zero = torch.device("cpu"), 2, 0, True
+
+    def setup_module(self, module: nn.Module, **_: Any) -> nn.Module:
+        return module
+
+    def barrier(self) -> None:
+        pass
+
+
+def test_a_late_signal_in_the_last_evaluation_is_not_lost(monkeypatch: Any) -> None:
+    monkeypatch.setattr(engine, "Agreement", Late)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_: None)
+    model = model_for("lsq")
+    model.register_forward_pre_hook(lambda *_: None if model.training else os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(TrainingInterrupted, match="SIGTERM after step 4"):
+        fit(model, MemorySource(DATA, "half"), TrainConfig(epochs=1, batch_size=16), fabric=OneOfTwo())  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_answers_of_a_gpu_are_the_previous_steps() -> None:
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    agreement = Agreement(SimpleNamespace(device=device, world_size=1))  # type: ignore[arg-type]
+    asked = [agreement.ask(torch.full((), float(step), device=device)) for step in range(1, 100)]
+    assert asked == [float(step) for step in range(99)]
+    assert (agreement.settle(), agreement.settle()) == (99.0, 0.0)

@@ -65,7 +65,6 @@ def killed_while_saving(directory: Path, state: TrainState, at: int, fault: Any)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("fault", ["before", "torn"])
 @pytest.mark.parametrize(("before", "step"), [((), 10), ((10,), 20), ((10,), 10), ((10, 20), 30)])
 def test_a_kill_at_any_file_event_of_a_save_leaves_a_sound_checkpoint(
@@ -168,7 +167,6 @@ def _sleep(started: Any) -> None:
     time.sleep(60)
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_worker_that_outlives_its_parent_does_not_hold_the_lock(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     context = multiprocessing.get_context("fork")

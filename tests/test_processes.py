@@ -102,7 +102,6 @@ def fork(test: Any) -> Any:
     marks = [
         pytest.mark.usefixtures("one_thread"),
         pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
-        pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
     ]
     for mark in marks:
         test = mark(test)
@@ -116,11 +115,11 @@ def faulty(run: Path, which: int, number: int, **options: Any) -> list[Trial]:
         if rank == which:
             after_steps((tiny.STEPS + 2) * tiny.OPTIMIZERS, signal_self(number))
 
-    return Group(tiny.tiny(run, "train.timeout=3"), before, **options).wait(grace=0)
+    return Group(tiny.tiny(run, "train.timeout=10"), before, **options).wait(grace=0)
 
 
 @fork
-@pytest.mark.parametrize(("number", "words"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, r"train\.timeout \(3 s\)")])
+@pytest.mark.parametrize(("number", "words"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, r"train\.timeout \(10 s\)")])
 def test_a_lost_process_ends_the_others_with_one_line_and_the_run_goes_on(
     number: int, words: str, tmp_path: Path
 ) -> None:
@@ -129,9 +128,9 @@ def test_a_lost_process_ends_the_others_with_one_line_and_the_run_goes_on(
     (line,) = [line for line in other.err.splitlines() if line.startswith("qtemper: ")]
     assert re.search(f"process 1 of 2 stops: another process .*{words}.*--resume", line)
     assert "Traceback" not in other.err
-    assert other.seconds < 20
-    trial = tiny.go_on(tmp_path / "run", 2, "train.timeout=3")
-    assert tiny.same_end(tmp_path / "run", trial, 2, "train.timeout=3") is None
+    assert other.seconds < 60
+    trial = tiny.go_on(tmp_path / "run", 2, "train.timeout=10")
+    assert tiny.same_end(tmp_path / "run", trial, 2, "train.timeout=10") is None
 
 
 @fork
@@ -161,7 +160,7 @@ def test_a_restarted_rank_does_not_take_the_address_of_a_dead_one(tmp_path: Path
         os.environ.update(torchrun_environment(rank, 2, port))
         os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT=str(number))
         time.sleep(2 * number * rank)
-        make_fabric(timeout=10).barrier()
+        make_fabric(timeout=60).barrier()
 
     try:
         for number in range(2):

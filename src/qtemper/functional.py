@@ -167,7 +167,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 def _replace_few(path: Tensor, value: Tensor) -> Tensor:
     """`replace_value` for scales: of a few elements two operations cost less than an autograd function.
 
-    Above all torch.compile, which takes 50 ms to trace one. Exact: a finite number less itself is zero.
+    Above all torch.compile, which takes 50 ms to trace one. Exact where `path` is finite; infinity becomes NaN.
     """
     return value + (path - path.detach())
 
@@ -298,6 +298,7 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     # `Function.apply` first reads the signature, for torch.func's sake, which takes longer than a small operation does.
     apply: Any = function.apply
     if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        args = torch._functorch.utils.unwrap_dead_wrappers(args)
         apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     result: Tensor = apply(*args)
     return result

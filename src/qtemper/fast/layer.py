@@ -36,7 +36,7 @@ def supported(layer: nn.Module, input: Tensor) -> bool:
     else:
         fits = own.forward is nn.Linear.forward and input.dim() >= 2
     device = input.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     if not fits or input.dtype not in ((torch.float32, torch.bfloat16) if autocast else (torch.float32,)):
         return False
     for quantizer in (layer.weight_quantizer, layer.act_quantizer):

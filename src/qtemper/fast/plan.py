@@ -28,7 +28,7 @@ class Plan:
 def make_plan(act: Quantizer, weight: Quantizer, linear: bool, geometry: Geometry, x: Tensor, latent: Tensor) -> Plan:
     """Integers where both quantizers' values fit 8 bits and the CPU is exact for them, float numbers elsewhere."""
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     if device == "cpu" and act.spec.channel_axis is None and dtype in (torch.float32, torch.bfloat16):
         a, w = packing_of(act, signed=False), packing_of(weight, signed=True)

@@ -30,8 +30,9 @@ class TrainConfig:
         curvature_every: epochs between Hessian estimates, for methods that ask for them; 0 for never.
         curvature_batches: batches per estimate.
         curvature_draws: Hutchinson draws per batch, at most.
-        on_nonfinite: what a NaN or infinite loss or gradient does, in the step where it appears: `stop`, or `rollback`
-            to the last checkpoint and go on at half the learning rate, three times at most.
+        on_nonfinite: what a NaN or infinite loss or gradient does, in the step where it appears or, on an accelerator,
+            the one after: `stop`, or `rollback` to the last checkpoint and go on at half the learning rate, three times
+            at most.
         sync_batch_norm: with several processes, batch norm over the whole batch instead of each one's part.
         timeout: with several processes, seconds after which one that does not answer ends the training.
     """

@@ -54,7 +54,7 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step; returns the loss and the number of correct predictions, both still on the device.
 
-    `check` sees the loss when the gradients are there and before any parameter moves; it raises to prevent that.
+    `check` sees the loss when the gradients are there and before any parameter moves; it may raise to prevent that.
     """
     for optimizer in optimizers:  # before the forward pass, whose memory the old gradients would add to
         optimizer.zero_grad()
@@ -191,9 +191,10 @@ class _Trainer:
             if signum and state.step % self.steps:
                 self.running.take(state.step, self.fabric)  # a checkpoint keeps the epoch's sums
                 raise TrainingInterrupted(signum, state.step, self.checkpoint())
+        self.refuse(self.broken.settle())
         state.history.append({"epoch": epoch + 1, "step": state.step, **self.running.epoch(state.step, self.fabric)})
         self.finish_epoch(epoch)
-        signum = self.stop_signal()
+        signum = self.stop_signal() or int(self.stop.settle())  # there may be no step any more that would say it
         due = (epoch + 1) % config.checkpoint_every == 0 or state.step == self.total
         path = self.checkpoint() if due or signum else None
         if signum:
@@ -223,7 +224,7 @@ class _Trainer:
             self.display.step(state.step, value, top1, heat)
 
     def check(self, value: Tensor) -> None:
-        """Clip the gradient, and refuse the step on all processes if a loss or gradient is not finite on one."""
+        """Clip the gradient; on all processes refuse a step whose loss or gradient is not finite on one."""
         parameters = [p for p in self.state.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self.refuse(self.broken.ask(torch.isfinite(value + norm).logical_not().float()))

@@ -17,7 +17,7 @@ from qtemper.train.processes import total
 
 
 class DivergedError(RuntimeError):
-    """The loss is not finite; nothing of that step was kept."""
+    """The loss or a gradient is not finite; nothing of that is in a checkpoint."""
 
 
 DIVERGED_EXIT = 3

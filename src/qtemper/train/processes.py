@@ -168,7 +168,7 @@ class Agreement:
         event = None if value.device.type == "cpu" else torch.Event(value.device)
         self._pending = value.to("cpu", non_blocking=True), event
         if event is not None:
-            event.record()
+            event.record(torch.accelerator.current_stream(value.device))  # by itself it takes the current device's
         return answer
 
     def settle(self) -> float:
