@@ -22,6 +22,7 @@ from qtemper.progress import set_progress
 from qtemper.quantizer import quantizers
 from qtemper.train.allocator import keep_memory
 from qtemper.train.config import TrainConfig
+from qtemper.train.display import Display
 from qtemper.train.evaluation import evaluate, temperature
 from qtemper.train.metrics import DivergedError, MetricsLog, RunningMetrics
 from qtemper.train.optim import Loss, build_loss, build_optimizers, set_learning_rate
@@ -34,7 +35,6 @@ from qtemper.train.processes import (
     share_noise,
     synchronize_batch_norm,
 )
-from qtemper.train.progress import Display
 from qtemper.train.signals import TrainingInterrupted, stop_on_signal
 from qtemper.train.snapshot import TrainState
 from qtemper.train.state import load_checkpoint, save_checkpoint
