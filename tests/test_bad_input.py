@@ -308,7 +308,7 @@ PREPARE: list[Row] = [
     ),
     (
         "ewgs-delta-2",
-        lambda tmp: lambda: prepare(net(), get_method("ewgs", delta_weight=2.0), "W1A4"),
+        lambda tmp: lambda: prepare(net(), get_method("ewgs", rule="fixed", delta_weight=2.0), "W1A4"),
         ("delta", "[0, 2)", "2.0"),
     ),
     (

@@ -56,6 +56,10 @@ def test_the_other_criteria():
     top = float(torch.maximum(x.max() / 7, -x.min() / 8))
     assert float(search_scale(x, codes, "max")[0]) == pytest.approx(top)
     assert float(search_scale(x, codes, "lsq")[0]) == pytest.approx(2 * float(x.abs().mean()) / math.sqrt(7))
+    # EWGS's code: weights between +-3 standard deviations; activations up to 3 std(x) / sqrt(1 - 2 / pi).
+    assert float(search_scale(x, codes, "ewgs")[0]) == pytest.approx(6 * float(x.std()) / 15, rel=1e-3)
+    half = torch.randn(1, 100_000, generator=torch.Generator().manual_seed(0)).abs()
+    assert float(search_scale(half, code_range(4, "unsigned"), "ewgs")[0]) == pytest.approx(3 / 15, rel=0.01)
     clipped = float(search_scale(x, codes, "percentile")[0])
     assert 0.7 * top < clipped < top
 

@@ -21,7 +21,7 @@ METHODS = {
     "lsq": "lsq",
     "ewgs": "ewgs",
     "on_grid": NoiseTempering(noise="on_grid", delta_rule="fixed", delta_weight=0.3),
-    "in_gradient": NoiseTempering(noise_in="gradient", delta_rule="fixed"),
+    "in_gradient": NoiseTempering(noise_in="gradient", scale_on="none"),
 }
 NOISY = {"tempering": "tempering", "noise": "noise", "gradient": NoiseTempering(delta_rule="gradient")}
 LAYERS = {

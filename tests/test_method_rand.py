@@ -54,6 +54,17 @@ def test_nothing_is_clipped_and_tiny_or_zero_weights_are_finite(mode):
         assert torch.isfinite(small.grad).all()
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_the_largest_weight_keeps_its_own_gradient(bits):
+    """In float32, where its position is now and then a little beyond the last code."""
+    quantizer = make(RAND(scale_gradient=False), "weight", bits, "signed", 1.0).float()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        x = torch.randn(64, generator=generator).requires_grad_()
+        quantizer(x).sum().backward()
+        assert float(x.grad.min()) > 0.99
+
+
 @pytest.mark.parametrize("block", [0, 7])
 def test_without_the_scales_gradient_the_weights_get_the_outputs(block):
     twins = (make(RAND(block=block, scale_gradient=kept), "weight", 4, "signed", 1.0) for kept in (True, False))

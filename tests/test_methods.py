@@ -61,7 +61,7 @@ def test_lsq_equals_its_twin(bits, levels, kind):
 @pytest.mark.parametrize("kind", ["weight", "activation"])
 def test_ewgs_with_bounds_equals_the_papers_form(bits, kind, delta):
     levels = "symmetric" if kind == "weight" else "unsigned"
-    method = EWGS(grid_kind="bounds", delta_weight=delta, delta_activation=delta)
+    method = EWGS(grid_kind="bounds", rule="fixed", delta_weight=delta, delta_activation=delta)
     quantizer = make(method, kind, bits, levels, 2.0 / 2**bits)
     with torch.no_grad():  # bounds of their own, not symmetric ones
         quantizer.grid.lower.add_(0.05)
@@ -96,7 +96,7 @@ class TestTemperingIdentities:
     @pytest.mark.parametrize(("bits", "levels", "kind"), CASES)
     @pytest.mark.parametrize("noise", ["none", "uniform", "rademacher", "gaussian", "toward_input", "on_grid"])
     def test_cold_and_without_delta_is_lsq(self, bits, levels, kind, noise):
-        method = NoiseTempering(noise=noise, temperature=OFF, delta_rule="fixed")
+        method = NoiseTempering(noise=noise, temperature=OFF, scale_on="none")
         expected = run(make(LSQ(), kind, bits, levels, 2.5 / 2**bits), levels)
         assert same(run(make(method, kind, bits, levels, 2.5 / 2**bits), levels), expected)
 
@@ -107,13 +107,13 @@ class TestTemperingIdentities:
         method = NoiseTempering(
             temperature=OFF, delta_rule="fixed", scale_on="both", delta_weight=delta, delta_activation=delta
         )
-        peer = EWGS(delta_weight=normalized, delta_activation=normalized)
+        peer = EWGS(rule="fixed", delta_weight=normalized, delta_activation=normalized)
         expected = run(make(peer, kind, bits, levels, 2.5 / 2**bits), levels)
         assert same(run(make(method, kind, bits, levels, 2.5 / 2**bits), levels), expected)
 
     @pytest.mark.parametrize("rule", ["fixed", "hessian", "gradient", "correlation"])
     def test_eval_is_the_hard_quantizer_at_any_temperature(self, rule):
-        quantizer = make(NoiseTempering(delta_rule=rule), "weight", 2, "signed", 0.6).eval()
+        quantizer = make(NoiseTempering(delta_rule=rule, delta_weight=0.5), "weight", 2, "signed", 0.6).eval()
         quantizer.set_progress(0.0)
         x, _ = data("signed")
         expected = make(LSQ(), "weight", 2, "signed", 0.6).eval()(x)
@@ -150,7 +150,7 @@ class TestTemperingNoise:
 
     def draws(self, noise, temperature, v):
         """Mean and variance of the perturbed position over many steps, at one temperature."""
-        method = NoiseTempering(noise=noise, temperature=Constant(temperature), delta_rule="fixed")
+        method = NoiseTempering(noise=noise, temperature=Constant(temperature), scale_on="none")
         rounding = method.rounding("weight", QuantSpec(4))
         total, square = torch.zeros_like(v), torch.zeros_like(v)
         for step in range(self.DRAWS):
@@ -181,7 +181,7 @@ class TestTemperingNoise:
         assert ((variance - e.abs() * (1 - e.abs())).abs() <= 2 * bound + 1e-12).all()
 
     def test_toward_input_lies_between_code_and_input(self):
-        rounding = NoiseTempering(noise="toward_input", temperature=Constant(1.0), delta_rule="fixed").rounding(
+        rounding = NoiseTempering(noise="toward_input", temperature=Constant(1.0), scale_on="none").rounding(
             "weight", QuantSpec(4)
         )
         v = torch.linspace(-3.45, 3.45, 240, dtype=torch.float64)
@@ -191,7 +191,7 @@ class TestTemperingNoise:
 
     @pytest.mark.parametrize("noise", ["uniform", "rademacher", "gaussian", "toward_input", "on_grid"])
     def test_there_is_none_on_grid_points(self, noise):
-        rounding = NoiseTempering(noise=noise, temperature=Constant(1.0), delta_rule="fixed").rounding(
+        rounding = NoiseTempering(noise=noise, temperature=Constant(1.0), scale_on="none").rounding(
             "weight", QuantSpec(4)
         )
         v = torch.arange(-8.0, 8.0)
@@ -316,6 +316,8 @@ class TestDeltaRules:
         for rule in ("correlation", "gradient"):
             with pytest.raises(ValueError, match="sees none"):
                 NoiseTempering(noise_in="gradient", delta_rule=rule)
+        with pytest.raises(ValueError, match="has no constant"):
+            NoiseTempering(delta_rule="fixed")
         with pytest.warns(UserWarning, match="stays constant"):
             NoiseTempering(noise_on="activations")
 
@@ -339,6 +341,8 @@ def test_uniform_noise_has_the_variance_of_a_bin():
     noise = (quantizer(x).detach() - x) / 0.3
     assert float(noise.abs().max()) <= 0.5 + 1e-6
     assert float(noise.var()) == pytest.approx(1 / 12, rel=0.02)
+    on_a_code = torch.tensor([0.0, 0.3, -0.6, 100.0, -100.0], dtype=torch.float64)
+    assert torch.equal(quantizer(on_a_code), quantizer.eval()(on_a_code))
 
 
 def test_a_fixed_grid_learns_nothing():

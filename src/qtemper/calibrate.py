@@ -20,8 +20,8 @@ from qtemper.layers import QuantLayer
 from qtemper.modes import eval_mode, float_mode
 from qtemper.quantizer import Quantizer, QuantSpec, quantizers
 
-Observer = Literal["mse", "percentile", "max", "lsq"]
-OBSERVERS: tuple[Observer, ...] = ("mse", "percentile", "max", "lsq")
+Observer = Literal["mse", "percentile", "max", "lsq", "ewgs"]
+OBSERVERS: tuple[Observer, ...] = ("mse", "percentile", "max", "lsq", "ewgs")
 
 PERCENTILE = 99.99
 """Share of the magnitudes, in percent, that `percentile` keeps unclipped."""
@@ -44,8 +44,9 @@ def calibrate(
         model: a prepared model, in any mode, on any device; its mode is kept.
         batches: inputs, or tuples whose first entry is the input, or whatever `forward` takes. 256 to 1,024 samples
             are usually enough. Batches are moved to the model's device.
-        observer: `mse` (least mean squared error), `percentile`, `max` (nothing clipped), or `lsq`
-            (2 * mean|x| / sqrt(qmax), Esser et al. 2020, section 2.1).
+        observer: `mse` (least mean squared error), `percentile`, `max` (nothing clipped), `lsq`
+            (2 * mean|x| / sqrt(qmax), Esser et al. 2020, section 2.1), or `ewgs` (levels over +-3 standard deviations,
+            or from 0 to 3 of the normal distribution of which a ReLU left half; Lee et al. 2021, their code).
         batch_norm: afterwards re-estimate batch-norm statistics in the quantized network from the same batches.
         forward: how to run the model on a batch, if not `model(batch)`.
 
@@ -246,6 +247,11 @@ def search_scale(rows: Tensor, codes: CodeRange, observer: Observer) -> Tensor:
         return _max_scale(torch.minimum(torch.maximum(rows, -clipped[:, None]), clipped[:, None]), codes)
     if observer == "lsq":
         return 2 * rows.abs().mean(dim=1) / math.sqrt(codes.qmax or -codes.qmin)
+    if observer == "ewgs":
+        half_normal = math.sqrt(1 - 2 / math.pi)  # standard deviation of |x| for a standard normal x
+        width = 3 / half_normal if codes.qmin == codes.zero_point else 6
+        scale = width * rows.std(dim=1, correction=0) / (codes.qmax - codes.qmin)
+        return torch.where(scale > 0, scale, outermost)
     return _mse_scale(rows, codes, outermost)
 
 

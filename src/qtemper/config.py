@@ -28,7 +28,7 @@ class CalibrationConfig:
     """How scales are found before training.
 
     Attributes:
-        observer: `mse`, `percentile`, `max` or `lsq`; see `qtemper.calibrate`.
+        observer: `mse`, `percentile`, `max`, `lsq` or `ewgs`; see `qtemper.calibrate`.
         batches: number of training batches to look at.
         batch_size: images in each.
         batch_norm: re-estimate batch-norm statistics in the quantized network afterwards.

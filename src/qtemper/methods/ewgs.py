@@ -3,19 +3,24 @@
 Lee, Kim and Ham, "Network Quantization with Element-wise Gradient Scaling", CVPR 2021, arXiv 2104.00903.
 
     forward    x_hat = s * (round(v) - z)
-    backward   dL/dx = g * (1 + delta * sign(g) * (v - round(v))) inside the range, 0 outside           (eq. 3)
-    delta      fixed, or max(0, (Tr(H) / N) / (3 * std(g))) every few epochs, H by Hutchinson           (eq. 9-11)
+    backward   dL/dx = g * (1 + delta * sign(g) * (v - round(v))) inside the range, 0 outside
+    delta      max(0, (Tr(H) / N) / (3 * std(g))) every few epochs, H by Hutchinson; or fixed, their ablation
 
 Units: the paper's error and delta live in a domain normalised to [0, 1]. Here errors are in bins, so a delta of the
 paper becomes `delta / (2**bits - 1)`; the Hessian rule gives the same factor in either unit.
 
 Learned: the step `s` (`grid="step"`, by LSQ's gradient), or the interval's bounds `l`, `u` (`grid="bounds"`, the
 paper's parametrisation, by plain autograd through `x_n = clamp((x - l) / (u - l), 0, 1)`, the factor included).
-Weights use the symmetric grid, the paper's.
+Weights use the symmetric grid, the paper's. `calibrate(..., observer="ewgs")` is the authors' initialisation.
 
-Deviation: the paper leaves quantized tensors in [-1, 1] and [0, 1] and multiplies a layer's output by a learned
-scale; here both tensors keep their real scale, so that a calibrated network is close to the float one at once and
-signed inputs work (docs/decisions/0002).
+Deviations:
+- The paper leaves quantized tensors in [-1, 1] and [0, 1] and multiplies a layer's output by a learned scale; here both
+  tensors keep their real scale, so that a calibrated network is close to the float one at once and signed inputs work
+  (docs/decisions/0002). With `bounds` at +-3 standard deviations it is not close, above all at 1 bit: then calibrate
+  with batch norm.
+- `grid="step"`, the default, is LSQ's grid, for comparisons in which only the backward pass differs.
+- The Hessian is that of the network in eval mode, and its mean is divided by the mean of std(g) over the batches; the
+  authors use batch statistics and the mean of the quotients (their code). Delta stays below 1.99.
 """
 
 from __future__ import annotations
@@ -152,14 +157,14 @@ class EWGS(Method):
 
     Attributes:
         grid_kind: `step` (learned step) or `bounds` (learned bounds, the paper's parametrisation).
-        rule: `fixed` or `hessian` (then delta starts at 0, the straight-through estimator, as in the authors' code).
+        rule: `hessian` (delta starts at 0, the straight-through estimator, as in the authors' code) or `fixed`.
         delta_weight: delta of the weights, in the paper's [0, 1] domain, for `rule="fixed"`.
         delta_activation: delta of the activations, likewise.
     """
 
     name: ClassVar[str] = "ewgs"
     grid_kind: Literal["step", "bounds"] = "step"
-    rule: Literal["fixed", "hessian"] = "fixed"
+    rule: Literal["fixed", "hessian"] = "hessian"
     delta_weight: float = 1e-3
     delta_activation: float = 1e-3
 

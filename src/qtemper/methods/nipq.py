@@ -12,8 +12,9 @@ arXiv 2206.00820.
 
 So the noise knows how errors are distributed, and not the element's own error, as noise tempering's does.
 
-Learned: `s`, by LSQ's gradient, which is what the paper's own parametrisation (a clip alpha = softplus(a), with
-s = alpha / levels) gives but for the softplus and LSQ's constant c.
+Learned: `s`, by LSQ's gradient, which for activations is what the paper's own parametrisation (a clip
+alpha = softplus(a), with s = alpha / levels) gives but for the softplus and LSQ's constant c. The paper's weights have
+a level less, -alpha to alpha; here they have all 2^b.
 
 Our reading:
 - Bits are fixed; the paper's learned bit widths are left out (its code has them fixed as an option).

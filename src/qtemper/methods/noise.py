@@ -3,7 +3,8 @@
 Baskin et al., "UNIQ", arXiv 1804.10969; Defossez et al., "DiffQ", arXiv 2104.09987; Shin et al., "NIPQ",
 CVPR 2023. What they share, at a fixed bit width and on a uniform grid:
 
-    training   x_hat = s * (v + zeta - z),    zeta ~ U(-1/2, 1/2),    v = clamp(x / s + z, qmin, qmax)
+    training   x_hat = s * (v + zeta - z),    v = clamp(x / s + z, qmin, qmax)
+               zeta ~ U(-1/2, 1/2),    0 where v is a code
     eval       x_hat = s * (round(v) - z)
     backward   dL/dx = g inside the range, 0 outside;    dL/ds = LSQ's with zeta for round(v) - v
 
@@ -11,7 +12,8 @@ Learned: `s`, by LSQ's gradient. The noise has the variance of a quantization er
 (1/12), is blind to the element's own error, and never decays: the baseline that noise tempering improves on.
 
 Our reading: the papers' own ranges (min/max, softplus-learned clip) and learned bit widths are left out, so that
-against `lsq` and `tempering` exactly one thing differs.
+against `lsq` and `tempering` exactly one thing differs. On a code are clipped elements and a ReLU's zeros, which get no
+noise in NIPQ's code either.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 
 from qtemper import functional as F
@@ -29,7 +32,7 @@ from qtemper.quantizer import Grid, Method, QuantSpec, Rounding, TensorKind
 
 @final
 class UniformNoise(Rounding):
-    """Forward `v + U(-1/2, 1/2)`, backward `g`."""
+    """Forward `v + U(-1/2, 1/2)` where `v` is no code, backward `g`."""
 
     reach = 1
 
@@ -39,7 +42,9 @@ class UniformNoise(Rounding):
 
     def forward(self, v: Tensor) -> Tensor:
         """Add noise."""
-        return F.replace_value(v, v.detach() + (0.5 * self.noise.signed(v)).to(v.dtype))
+        fixed = v.detach()
+        noise = torch.where(fixed == torch.round(fixed), 0.0, (0.5 * self.noise.signed(v)).to(v.dtype))
+        return F.replace_value(v, fixed + noise)
 
     def set_progress(self, progress: float) -> None:
         """Fresh noise."""

@@ -1,6 +1,7 @@
 """PQDE's arctangent soft round: rounding that hardens while training goes on.
 
-Yue, Wu, Ma, Fu and Sham, "PQDE", IEEE AICAS 2024.
+Yue, Wu, Ma, Fu and Sham, "PQDE: Comprehensive Progressive Quantization with Discretization Error for Ultra-Low Bitrate
+MobileNet towards Low-Resolution Imagery", IEEE AICAS 2024.
 
 Stated: a quantizer that minimises the discretization error, an arctangent soft round in the forward pass, a
 progressive schedule of bits. Our reading of the first two, everything below (no code was available):
@@ -18,8 +19,9 @@ r is continuous, keeps codes where they are, and has the mean slope 1 in every b
 Learned: `s`, by LSQ's gradient.
 
 Choices:
-- The quantizer of least discretization error is the calibration's `mse` observer (the default), which sets `s`; the
-  training then moves it.
+- The quantizer that minimises discretization error is part of the forward pass in the abstract, and aimed at weights
+  near zero. What it is there is not public; here only the calibration's `mse` observer (the default), which sets the
+  first `s`, minimises anything.
 - The gradient is straight through: the record speaks of the forward pass only. The soft round's own has the mean 1 but
   a mean square that grows with k (1.5 at k = 6, 3.6 at 20), and depth multiplies it: in the reduced MobileNetV2 the
   first convolution's gradient grows 70-fold by k = 10 and 10^8-fold by k = 100, and training collapses.

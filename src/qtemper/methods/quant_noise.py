@@ -15,8 +15,9 @@ Learned: `s`, by LSQ's gradient, to which elements that are not quantized add no
 Our reading:
 - The paper learns nothing and takes its scale anew from the weights every 1,000 steps; a learned step, as in the
   other methods here, leaves exactly one difference to `lsq`.
-- Elements that are not quantized are clipped all the same; the paper leaves them as they are.
-- The paper is about weights; `noise_on` says which tensors are quantized in part. The others are quantized as a whole.
+- Elements that are not quantized are clipped all the same, as in the authors' code (fairseq).
+- `noise_on` says which tensors are quantized in part. The others are quantized as a whole.
+- p = 0.5; fairseq's default is 0.2, from networks of 4 and 8 bits.
 - Its variant for product quantization (blocks set to zero) is left out.
 """
 

@@ -94,7 +94,9 @@ class NormGrid(Grid):
 
     def encode(self, x: Tensor) -> Tensor:
         """Position of `x`; the gradient of the scale is in `decode_for`."""
-        return F.encode(x, self.scale(x).detach(), self.codes)
+        position = x / self.scale(x).detach() + self.codes.zero_point
+        # Nothing lies outside but by rounding errors, so the gradient passes everywhere: above all at the largest.
+        return F.replace_value(position, torch.clamp(position.detach(), self.codes.qmin, self.codes.qmax))
 
     def decode(self, value: Tensor, v: Tensor) -> Tensor:
         """Not without the weights.

@@ -4,7 +4,8 @@ Wang, Li, Qu, Metze and Strubell, "Error-aware Quantization through Noise Temper
 
 Stated by the abstract: noise aware of the quantization error, decaying exponentially, and a learnable scale on the
 task-loss gradient, per quantizer; the noise holds a curvature term that draws training to flatter minima.
-Our reading, everything below (no text beyond the abstract, and no code, was available):
+Our reading, everything below (no text beyond the abstract, and no code, was available). The scale may be something
+else: the abstract's words, of each layer's bin size, also fit LSQ's learned step by itself, which is `scale_on="none"`.
 
     training   x_hat = s * (q - z + T * zeta * e),    q = round(v),  e = v - q,  fresh zero-mean zeta each step
     eval       x_hat = s * (q - z)
@@ -14,7 +15,8 @@ Our reading, everything below (no text beyond the abstract, and no code, was ava
 
 The noise is zero on grid points and in the clipped region, largest at bin edges, and measured in bins. In
 expectation `L(x_hat)` gains `T^2 / 2 * Var(zeta) * sum e^2 s^2 H_ii`: the curvature term.
-Identities: T = 0 and delta = 0 is LSQ; T = 0 and delta > 0 is EWGS; both to the bit (tests/test_methods.py).
+Identities: T = 0 and delta = 0 is LSQ; T = 0 and delta > 0 is EWGS on the same grid (its own has symmetric weights) and
+with its delta in bins; both to the bit (tests/test_methods.py).
 
 Noise (`noise`): `uniform` U(-sqrt3, sqrt3), `rademacher` +-1, `gaussian`, all of unit variance; `toward_input`
 zeta ~ U(0, 1), v' between q and v; `on_grid` v' = q + sign(e) with probability T |e|, integers throughout (at T = 1
@@ -24,8 +26,8 @@ Rules for delta (`delta_rule`), how it is learned being unpublished:
 - `fixed`: a constant.
 - `hessian`: EWGS's formula every few epochs.
 - `gradient`: a parameter that also scales the noise, T * delta * zeta * e, and is trained by the task loss through it.
-- `correlation` (ours): `sum(g * eta) / sum(eta^2)` with eta = T * zeta * e estimates the mean Hessian diagonal at no
-  extra pass; a running average of it goes into EWGS's formula.
+- `correlation` (ours): `sum(g * eta) / sum(eta^2)` with eta = T * zeta * e estimates the mean Hessian diagonal,
+  weighted by e^2, at no extra pass; a running average of it goes into EWGS's formula.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ class CorrelationDelta(Delta):
 
     The estimate of delta has the standard error `sqrt((1 - m) / (1 + m)) / (3 * sqrt(sum eta^2))`, m the momentum,
     which grows as the noise fades. Delta is the estimate less two of them, or 0: what is not significant does
-    nothing, and in the end, when the noise no longer tells, the gradient is the straight-through estimator's.
+    nothing. Once the noise is off, delta stays as it was last.
 
     Args:
         value: delta until the first estimate.
@@ -219,9 +221,11 @@ class NoiseTempering(Method):
     Attributes:
         noise: `uniform`, `rademacher`, `gaussian`, `toward_input`, `on_grid`, or `none`.
         noise_on: `both`, `weights` or `activations`.
-        noise_in: `forward` (and so in the gradient), or `gradient`: the forward pass stays the hard quantizer.
+        noise_in: `forward` (and so in the gradient), or `gradient`: the forward pass stays the hard quantizer. With
+            delta off only the gradient of the step then differs from LSQ's.
         temperature: schedule of T over training progress.
-        delta_rule: `fixed`, `hessian`, `gradient` or `correlation`.
+        delta_rule: `fixed`, `hessian`, `gradient` or `correlation`, the default: ours, and on weights alone, where the
+            abstract names activations, too.
         delta_weight: delta of the weights in 1 / bins: the constant of `fixed`, the first value of the others; None is
             1 for `gradient`, where it is also the amplitude of the noise, and 0 for the others.
         delta_activation: likewise for the activations.
@@ -255,6 +259,11 @@ class NoiseTempering(Method):
                 raise ValueError(
                     f"delta_rule={self.delta_rule!r} learns from noise that the loss sees; with noise_in='gradient' it "
                     "sees none. Use noise_in='forward', or delta_rule='hessian' or 'fixed', or scale_on='none'."
+                )
+            given = (self.delta_weight, self.delta_activation)
+            if self.delta_rule == "fixed" and given == (None, None):
+                raise ValueError(
+                    "delta_rule='fixed' has no constant: set delta_weight or delta_activation, or scale_on='none'."
                 )
             self._warn_if_nothing_learns()
         for field in ("delta_weight", "delta_activation"):

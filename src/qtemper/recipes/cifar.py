@@ -61,13 +61,18 @@ def short(data: DataName, bits: str, method: str) -> Experiment:
 
 
 def ewgs(data: DataName, bits: str, method: str) -> Experiment:
-    """EWGS's published recipe: 400 epochs, batch 256, Adam 1e-3, quantizers Adam 1e-5, cosine, BN before the head."""
+    """EWGS's published recipe: 400 epochs, batch 256, Adam 1e-3, quantizers Adam 1e-5, cosine, BN before the head.
+
+    EWGS itself also has its own bounds and initialisation.
+    """
+    own = method == "ewgs"
     return Experiment(
         name=f"{data}-resnet20-{bits.lower()}-{method}-400ep",
         data=DataConfig(name=data, normalization=data),
         model=_ewgs_model(data),
-        method=get_method("ewgs", rule="hessian") if method == "ewgs" else get_method(method),
+        method=get_method("ewgs", grid_kind="bounds") if own else get_method(method),
         policy=BitPolicy.parse(bits),
+        calibration=CalibrationConfig(observer="ewgs" if own else "mse"),
         train=TrainConfig(
             epochs=400,
             batch_size=256,

@@ -27,15 +27,18 @@ LSQ_WEIGHT_DECAY = {1: 0.25e-4, 2: 0.25e-4, 3: 0.5e-4, 4: 1e-4}
 
 
 def ewgs(arch: Arch, bits: str, method: str) -> Experiment:
-    """EWGS's: 100 epochs, SGD 0.01 and Adam 1e-5 for quantizers, cosine, weight decay 1e-4, SyncBN."""
-    chosen = get_method("ewgs", rule="hessian") if method == "ewgs" else get_method(method)
+    """EWGS's: 100 epochs, SGD 0.01 and Adam 1e-5 for quantizers, cosine, weight decay 1e-4, SyncBN.
+
+    EWGS itself also has its own bounds and initialisation.
+    """
+    own = method == "ewgs"
     return Experiment(
         name=f"imagenet-{arch}-{bits.lower()}-{method}",
         data=DataConfig(name="imagenet", normalization="imagenet", workers=8),
         model=ModelConfig(arch=arch, num_classes=1000),
-        method=chosen,
+        method=get_method("ewgs", grid_kind="bounds") if own else get_method(method),
         policy=BitPolicy.parse(bits),
-        calibration=CalibrationConfig(batches=8, batch_size=64),
+        calibration=CalibrationConfig(observer="ewgs" if own else "mse", batches=8, batch_size=64),
         train=TrainConfig(
             epochs=100,
             batch_size=256,
