@@ -32,6 +32,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from qtemper.compare import record, report, schedule
 from qtemper.compare.grid import Arm, Run, expand, make_runs
 from qtemper.compare.launch import LocalProcesses, Options
@@ -160,6 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
     grid = Grid(given.dataset, tuple(given.methods), tuple(given.bits), tuple(given.seeds), tuple(given.set))
     try:
         optional_module("scipy.stats", "compare")
+        if given.dataset != "digits" and not torch.cuda.is_available():
+            say("no CUDA device is visible: on a CPU these runs take days")
         runs = grid.runs()
         open_source(runs[0].experiment.data, given.data)
         finished = fill(grid, Options(given.out, given.data, given.init), given.jobs, given.stop_after, say)

@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from scipy import stats
 
-from qtemper.compare import grid, record, report, schedule
+from qtemper.compare import grid, launch, record, report, schedule
 from qtemper.compare.launch import Job, Launcher, LocalProcesses, Options, log_path
 from qtemper.compare.record import Record
 from qtemper.compare.table import format_table, summarize
@@ -139,6 +140,30 @@ def test_a_killed_comparison_ends_like_one_left_alone(tmp_path):
         subprocess.run(command(killed, "--record", str(lines)), check=True, capture_output=True, timeout=300)
     assert (killed / "table.md").read_text() == (alone / "table.md").read_text()
     assert len(lines.read_text().splitlines()) == 4
+
+
+def test_runs_spread_over_the_gpus_and_are_alone_on_theirs(tmp_path, monkeypatch):
+    environments, running = [], []
+
+    def popen(command, *, env, **_):
+        environments.append(env)
+        running.append(SimpleNamespace(poll=lambda: None))
+        return running[-1]
+
+    monkeypatch.setattr(launch.subprocess, "Popen", popen)
+    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    (run,) = grid.make_runs(RECIPE, [], grid.make_arms([], []), [0])
+    launcher = LocalProcesses(Options(tmp_path))
+    for _ in range(3):
+        launcher.start(run)
+    running[1].poll = lambda: 0
+    launcher.start(run)
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in environments] == ["3", "5", "3", "5"]
+    assert "SLURM_NTASKS" not in environments[0]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert launch.visible_gpus() == ["0", "1"]
 
 
 def test_divergence_is_a_result(tmp_path):

@@ -107,6 +107,22 @@ def assert_the_one_before_is_used(directory: Path) -> None:
 # --- sound checkpoints -------------------------------------------------------------------------------------------
 
 
+def test_moments_keep_the_memory_format_of_their_parameters(tmp_path: Path) -> None:
+    def convolution() -> TrainState:
+        model = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.Adam(model.parameters())
+        model(torch.randn(2, 4, 5, 5)).sum().backward()
+        optimizer.step()
+        return TrainState(model, [optimizer], step=1, config_hash="same")
+
+    save_checkpoint(tmp_path, convolution())
+    state = convolution()
+    load_checkpoint(tmp_path, state)
+    weight = state.model.weight
+    moment = state.optimizers[0].state[weight]["exp_avg"]
+    assert moment.stride() == weight.stride() != moment.contiguous().stride()
+
+
 def test_the_newest_checkpoint_restores_everything(directory: Path) -> None:
     state = fresh(3)
     assert load_checkpoint(directory, state) == []

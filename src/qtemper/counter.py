@@ -77,9 +77,21 @@ def mix_words(row: Tensor, column: Tensor) -> Tensor:
     return (h ^ (h >> 15)) * _signed32(0x846CA68B)
 
 
+def counter_words(key: Tensor, first: int, rows: int, columns: int) -> Tensor:
+    """A word for each column, then one for each row from `first` on: their bits, called float32.
+
+    On a CPU by an operator; elsewhere in plain operations, which a compiler fuses with what uses the words: to hash
+    anew for every element costs a GPU less than to launch this.
+    """
+    if key.device.type != "cpu":
+        return _words(key, first, rows, columns)
+    words: Tensor = torch.ops.qtemper.counter_words(key, first, rows, columns)
+    return words
+
+
 def _words(key: Tensor, first: int, rows: int, columns: int) -> Tensor:
-    index = torch.arange(-columns, rows, dtype=torch.int32, device=key.device)
-    index[columns:] += _signed32(first & 0xFFFFFFFF)
+    index = torch.arange(columns + rows, dtype=torch.int32, device=key.device)
+    index = torch.where(index < columns, index - columns, index - columns + _signed32(first & 0xFFFFFFFF))
     return counter_bits(index, key).view(torch.float32)
 
 
@@ -93,7 +105,6 @@ def _words_by_numpy(key: Tensor, first: int, rows: int, columns: int) -> Tensor:
 # are called float32 (some of them NaN): without AVX-512, torch.compile's code takes 5 times as long to load int32.
 _OPERATORS: Any = torch.library.Library("qtemper", "FRAGMENT")  # type: ignore[no-untyped-call]
 _OPERATORS.define("counter_words(Tensor key, SymInt first, SymInt rows, SymInt columns) -> Tensor")
-_OPERATORS.impl("counter_words", _words, "CompositeExplicitAutograd")
 _OPERATORS.impl("counter_words", _words_by_numpy, "CPU")
 
 
@@ -201,7 +212,7 @@ class NoiseSource(nn.Module):
         first, count = self.block or (0, rows[0] if rows else 1)
         # The size of one sample, so that nothing here depends on the size of the block.
         start = (self.part * count + first) * math.prod(rows[1:])
-        words: Tensor = torch.ops.qtemper.counter_words(self.key, start, math.prod(rows), width)
+        words = counter_words(self.key, start, math.prod(rows), width)
         column, row = words[:width].view(torch.int32), words[width:].view(torch.int32)
         if v.dim() == 4:
             # Channels last, as images usually lie in memory here.

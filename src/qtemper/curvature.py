@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtemper.counter import counter_bits, derive_key
 from qtemper.modes import eval_mode
 from qtemper.quantizer import Quantizer, quantizers
 
@@ -58,9 +59,8 @@ def update_curvature(
     targets = {name: q for name, q in quantizers(model) if q.rounding.wants_curvature}
     if not targets:
         return {}
-    generator = torch.Generator().manual_seed(seed)
     with eval_mode(model):
-        found = [_one_batch(model, targets, loss, batch, max_draws, tolerance, generator) for batch in batches]
+        found = [_one_batch(model, targets, loss, b, max_draws, tolerance, (seed, i)) for i, b in enumerate(batches)]
     if not found:
         raise ValueError("update_curvature got no batches; pass at least one.")
     means = torch.tensor(found, dtype=torch.float64).mean(dim=0)
@@ -78,7 +78,7 @@ def _one_batch(
     batch: Any,
     max_draws: int,
     tolerance: float,
-    generator: torch.Generator,
+    key: tuple[int, int],
 ) -> list[tuple[float, float]]:
     outputs: dict[str, list[Tensor]] = {name: [] for name in targets}
     hooks = [
@@ -98,7 +98,7 @@ def _one_batch(
     total = dict.fromkeys(targets, 0.0)
     previous = means = dict(total)
     for draw in range(1, max_draws + 1):
-        signs = [_rademacher(out, generator) for out in tensors]
+        signs = [_rademacher(out, *key, draw, i) for i, out in enumerate(tensors)]
         products = torch.autograd.grad(
             gradients,
             tensors,
@@ -119,6 +119,8 @@ def _one_batch(
     return [(means[n], float(torch.cat(stds[n]).std(correction=0))) for n in targets]
 
 
-def _rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
-    draws = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
-    return (2 * draws - 1).to(like.device, like.dtype)
+def _rademacher(like: Tensor, *words: int) -> Tensor:
+    # Made where it is used: a network's activations are many to draw on the host and to copy.
+    index = torch.arange(like.numel(), dtype=torch.int32, device=like.device)
+    bits = counter_bits(index, torch.tensor(derive_key(*words), dtype=torch.int32))
+    return (1 - 2 * (bits & 1)).to(like.dtype).view(like.shape)

@@ -19,7 +19,7 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_b
 def environment(seed: int) -> dict[str, Any]:
     """Where a number comes from: versions, processor, GPU, commit, seed."""
     return {
-        "qtemper": importlib.metadata.version("qtemper"),
+        "qtemper": version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -30,6 +30,14 @@ def environment(seed: int) -> dict[str, Any]:
         "seed": seed,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def version() -> str:
+    """The installed package's version; of a source tree on the path, "unknown"."""
+    try:
+        return importlib.metadata.version("qtemper")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def cpu_flags() -> list[str]:

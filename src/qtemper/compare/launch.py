@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+import torch
+
 from qtemper.compare.grid import Run
+
+OF_SEVERAL = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")
+"""What torchrun or Slurm tell one of several processes; a run is one alone, and would wait for the others."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Launcher(ABC):
 
 @final
 class LocalProcesses(Launcher):
-    """Every run is a process of this machine.
+    """Every run is a process of this machine; where there are several GPUs, on the one with the fewest of them.
 
     Args:
         options: what all runs share.
@@ -71,16 +76,23 @@ class LocalProcesses(Launcher):
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        self.gpus = visible_gpus()
+        self.started: list[_Process] = []
 
     def start(self, run: Run) -> Job:
         """See `Launcher`."""
-        return _Process(run, self.options)
+        self.started = [process for process in self.started if process.poll() is None]
+        used = [process.gpu for process in self.started]
+        gpu = min(self.gpus, key=used.count, default=None)
+        self.started.append(_Process(run, self.options, gpu))
+        return self.started[-1]
 
 
 @final
 class _Process(Job):
-    def __init__(self, run: Run, options: Options) -> None:
-        self.popen = spawn(run, options)
+    def __init__(self, run: Run, options: Options, gpu: str | None) -> None:
+        self.popen = spawn(run, options, gpu)
+        self.gpu = gpu
         self.started = time.monotonic()
 
     def poll(self) -> int | None:
@@ -101,8 +113,21 @@ def log_path(run: Run, root: Path) -> Path:
     return root / "logs" / f"{run.directory(root).name}.log"
 
 
-def spawn(run: Run, options: Options) -> subprocess.Popen[bytes]:
-    """The run's training as a child of this process, its output added to the run's log."""
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; no context is made on any."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(count)] if named is None else [name.strip() for name in named.split(",")][:count]
+
+
+def spawn(run: Run, options: Options, gpu: str | None = None) -> subprocess.Popen[bytes]:
+    """The run's training as a child of this process, its output added to the run's log.
+
+    Args:
+        run: what to train.
+        options: what all runs share.
+        gpu: the only one that it sees, if not all.
+    """
     directory = run.directory(options.root)
     directory.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "qtemper.cli", "train", run.recipe, "--out", str(directory)]
@@ -113,6 +138,10 @@ def spawn(run: Run, options: Options) -> subprocess.Popen[bytes]:
             command += [name, str(path)]
     if (directory / "config.json").exists():
         command.append("--resume")
+    environment = {name: value for name, value in os.environ.items() if name not in OF_SEVERAL}
+    environment |= {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     log = log_path(run, options.root)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -121,7 +150,7 @@ def spawn(run: Run, options: Options) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)},
+            env=environment,
             preexec_fn=_signals,
         )
 

@@ -152,13 +152,14 @@ class ImageFiles:
             timeout=TIMEOUT if self.workers else 0,
             generator=torch.Generator(),  # otherwise it advances the global one
         )
+        mean, std = (torch.tensor(values, device=self.device) for values in (self.mean, self.std))  # a copy, so once
         for pixels, labels, damaged in _until_a_worker_dies(iter(loader)):
             for path, message in damaged:
                 self._skip(path, message)
             if pixels is None:
                 raise DataError(damaged[-1][1])
             images = pixels.to(self.device)
-            yield normalize(images, self.mean, self.std), torch.tensor(labels, device=self.device)
+            yield normalize(images, mean, std), torch.tensor(labels, device=self.device)
 
     def _skip(self, path: str, message: str) -> None:
         if path in self._skipped:

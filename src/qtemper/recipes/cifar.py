@@ -78,7 +78,8 @@ def ewgs(data: DataName, bits: str, method: str) -> Experiment:
             batch_size=256,
             optim=OptimConfig(optimizer="adam", lr=1e-3, weight_decay=1e-4, quantizer_lr=1e-5),
             compile=True,
-            checkpoint_every=10,
+            evaluate_every=10,
+            checkpoint_every=2,
         ),
     )
 

@@ -20,7 +20,8 @@ class TrainConfig:
         batch_size: images per optimizer step; an epoch's incomplete last batch is dropped.
         optim: optimizers and schedule.
         loss: label smoothing and distillation.
-        precision: `float32`, or `bf16` for autocast. Evaluation is always float32.
+        precision: `float32`, or `bf16` for autocast. Evaluation is always float32, which for convolutions on a GPU is
+            TF32 unless `torch.backends.cudnn.allow_tf32` is False.
         channels_last: memory format of images and weights.
         compile: compile the training step's forward and backward with torch.compile.
         evaluate_every: test accuracy every so many epochs (and after the last); 0 for the end only.

@@ -109,7 +109,8 @@ def share_noise(model: nn.Module, rank: int) -> None:
 def share_state(model: nn.Module, fabric: Fabric) -> None:
     """Give every process the first one's parameters, buffers and calibrated grids."""
     if fabric.world_size > 1:
-        model.load_state_dict(fabric.broadcast(model.state_dict()))
+        # By way of the host: a tensor of the first one's GPU would come to life there in every process.
+        model.load_state_dict(fabric.broadcast({key: value.cpu() for key, value in model.state_dict().items()}))
 
 
 def share_buffers(model: nn.Module, fabric: Fabric) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import re
 import shutil
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qtemper.environment import version
 from qtemper.errors import CheckpointError
 from qtemper.train.files import sync_directory, write_synced
 from qtemper.train.snapshot import TrainState, capture, differences, not_finite, restore, shorten
@@ -59,7 +59,7 @@ def save_checkpoint(directory: Path, state: TrainState) -> Path:
             f"{broken} is NaN or infinite at step {state.step}, so no checkpoint of it is written; earlier ones are "
             "intact. Lower optim.lr or optim.quantizer_lr, or set optim.clip_norm."
         )
-    versions = {"format": FORMAT, "qtemper": _version(), "torch": str(torch.__version__)}
+    versions = {"format": FORMAT, "qtemper": version(), "torch": str(torch.__version__)}
     name = f"step-{state.step:08d}"
     try:
         files = {
@@ -188,12 +188,12 @@ def _check_origin(path: Path, document: dict[str, Any], state: TrainState) -> li
             "the run's own config.json, or start a new run directory."
         )
     changed = []
-    size, version = document.get("world_size", 1), document.get("qtemper", _version())
+    size, writer = document.get("world_size", 1), document.get("qtemper", version())
     if size != state.world_size:
         remedy = f"start {size!r:.40} (torchrun --nproc-per-node)"
         changed.append((f"by {size!r:.40} process(es), and {state.world_size} would continue", remedy))
-    if version != _version():
-        changed.append((f"by qtemper {version!r:.40}, and this is {_version()}", "install that version"))
+    if writer != version():
+        changed.append((f"by qtemper {writer!r:.40}, and this is {version()}", "install that version"))
     if changed and not state.elastic:
         what, how = (", ".join(words) for words in zip(*changed, strict=True))
         raise CheckpointError(
@@ -272,10 +272,3 @@ def _sha256_of(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("qtemper")
-    except importlib.metadata.PackageNotFoundError:  # a source tree on the path
-        return "unknown"
