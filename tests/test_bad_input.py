@@ -307,6 +307,11 @@ PREPARE: list[Row] = [
         ("delta_weight", "[0, 2)", "2.0"),
     ),
     (
+        "ewgs-delta-unused",
+        lambda tmp: lambda: get_method("ewgs", delta_weight=0.1),
+        ("rule='hessian'", "delta_weight", "rule='fixed'"),
+    ),
+    (
         "ewgs-delta-2",
         lambda tmp: lambda: prepare(net(), get_method("ewgs", rule="fixed", delta_weight=2.0), "W1A4"),
         ("delta", "[0, 2)", "2.0"),

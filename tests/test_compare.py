@@ -158,9 +158,9 @@ def test_runs_spread_over_the_gpus_and_are_alone_on_theirs(tmp_path, monkeypatch
     launcher = LocalProcesses(Options(tmp_path))
     for _ in range(3):
         launcher.start(run)
-    running[1].poll = lambda: 0
+    running[0].poll = running[2].poll = lambda: 0
     launcher.start(run)
-    assert [env["CUDA_VISIBLE_DEVICES"] for env in environments] == ["3", "5", "3", "5"]
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in environments] == ["3", "5", "3", "3"]
     assert "SLURM_NTASKS" not in environments[0]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert launch.visible_gpus() == ["0", "1"]

@@ -88,9 +88,8 @@ def test_another_method_replaces_the_old_one_whole(assignment: str) -> None:
 
 
 def test_a_replaced_method_has_its_own_fields_and_not_the_old_ones() -> None:
-    assert override(get_recipe(DIGITS), ["method=ewgs", "method.delta_weight=0.5"]).method == get_method(
-        "ewgs", delta_weight=0.5
-    )
+    changed = override(get_recipe(DIGITS), ["method=ewgs", "method.rule=fixed", "method.delta_weight=0.5"])
+    assert changed.method == get_method("ewgs", rule="fixed", delta_weight=0.5)
     with pytest.raises(ConfigError, match=r"'method\.noise'.*did you mean") as caught:
         override(get_recipe(DIGITS), ["method=ewgs", "method.noise=gaussian"])
     assert "method." in str(caught.value).partition("mean")[2]

@@ -13,6 +13,7 @@ import qtemper
 from qtemper.calibrate import search_scale
 from qtemper.counter import NoiseSource
 from qtemper.functional import code_range
+from qtemper.methods.ewgs import EWGS
 from qtemper.quantizer import Quantizer, QuantSpec
 
 METHODS = qtemper.methods_available()
@@ -128,6 +129,7 @@ def test_scales_stay_positive_whatever_the_optimizer_does(method, kind):
     assert torch.isfinite(x.grad).all()
 
 
+@pytest.mark.parametrize("method", [*METHODS, EWGS(rule="fixed", delta_weight=0.5, delta_activation=0.5)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_matches_a_finite_difference_of_itself(method, kind):
     """Second derivatives: the gradient map (x, g) -> dL/dx, differentiated, agrees with central differences.
@@ -280,13 +282,15 @@ def test_compiles_in_one_graph_and_once_for_all_temperatures(method):
         for each in (model, eager):
             qtemper.set_progress(each, step / 3)
         out, expected = compiled(batch()), eager(batch())
-        # Fused kernels may contract a multiply and an add, which can move a value over a bin edge; not in this batch.
-        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+        # Fused kernels may contract a multiply and an add, which can move a value over a bin edge; not in this batch,
+        # but NIPQ's histogram has 256 edges in each bin, and a draw moves by one or a few of them.
+        close = 1e-2 if method == "nipq" else 1e-4
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=close)
         out.square().mean().backward()
         expected.square().mean().backward()
     assert len(graphs) == 1
     for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=close, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_runs_under_autocast_and_activation_checkpointing(method):

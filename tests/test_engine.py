@@ -640,14 +640,17 @@ def test_gradient_clipping_bounds_the_first_step(data: ImageData) -> None:
     assert math.sqrt(sum(float(d.square().sum()) for d in moved)) == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_the_hessian_rule_is_fed_between_epochs(data: ImageData) -> None:
+def test_the_hessian_rule_is_fed_between_epochs(data: ImageData, capsys: pytest.CaptureFixture[str]) -> None:
     model = model_for(get_method("ewgs", rule="hessian"))
     train(model, data, config(curvature_every=1, curvature_draws=2, curvature_batches=1))
     deltas = [float(q.rounding.delta()) for _, q in quantizers(model)]
     assert any(delta > 0 for delta in deltas)
-    model = model_for(get_method("ewgs", rule="hessian"))
-    train(model, data, config(curvature_every=0))
-    assert all(float(q.rounding.delta()) == 0 for _, q in quantizers(model))
+    assert "never measures" not in capsys.readouterr().out
+    for never in (0, config().epochs):
+        model = model_for(get_method("ewgs", rule="hessian"))
+        train(model, data, config(curvature_every=never))
+        assert all(float(q.rounding.delta()) == 0 for _, q in quantizers(model))
+        assert "never measures: set train.curvature_every" in capsys.readouterr().out
 
 
 def test_evaluate_keeps_the_mode_and_counts_every_image(data: ImageData) -> None:

@@ -14,12 +14,13 @@ from qtemper.counter import NoiseSource
 from qtemper.fast import blocks, integer, packing, pooling
 from qtemper.fast import layer as fast_layer
 from qtemper.fast.integer import Geometry, convolve_codes, is_exact
+from qtemper.methods.ewgs import EWGS
 from qtemper.methods.tempering import NoiseTempering
 
 METHODS = {
     "ste": "ste",
     "lsq": "lsq",
-    "ewgs": "ewgs",
+    "ewgs": EWGS(rule="fixed", delta_weight=0.5, delta_activation=0.5),
     "on_grid": NoiseTempering(noise="on_grid", delta_rule="fixed", delta_weight=0.3),
     "in_gradient": NoiseTempering(noise_in="gradient", scale_on="none"),
 }

@@ -37,7 +37,7 @@ def method_class(name: str) -> type[Method]:
 def get_method(name: str, **settings: Any) -> Method:
     """A method by its name, with settings other than the default.
 
-    >>> get_method("ewgs", delta_weight=0.0).delta_weight
+    >>> get_method("ewgs", rule="fixed", delta_weight=0.0).delta_weight
     0.0
 
     Raises:

@@ -114,4 +114,4 @@ class DiffQ(Method):
         """Noise on weights, straight through on activations."""
         if kind == "activation":
             return StraightThrough()
-        return GaussianNoise() if self.noise == "gaussian" else UniformNoise()
+        return GaussianNoise() if self.noise == "gaussian" else UniformNoise(on_codes=True)

@@ -19,6 +19,8 @@ Deviations:
   (docs/decisions/0002). With `bounds` at +-3 standard deviations it is not close, above all at 1 bit: then calibrate
   with batch norm.
 - `grid="step"`, the default, is LSQ's grid, for comparisons in which only the backward pass differs.
+- Delta stays 0 until the Hessian is measured: by `fit` every `curvature_every` epochs, in a loop of one's own by
+  `update_curvature`.
 - The Hessian is that of the network in eval mode, and its mean is divided by the mean of std(g) over the batches; the
   authors use batch statistics and the mean of the quotients (their code). Delta stays below 1.99.
 """
@@ -39,6 +41,9 @@ from qtemper.quantizer import Grid, Method, QuantSpec, Rounding, TensorKind
 
 DELTA_MAX = 1.99
 """Delta stays below 2 bins^-1, where `1 + delta * sign(g) * e` could turn negative for |e| = 1/2."""
+
+DELTA_FIXED = 1e-3
+"""The constant of the authors' ablation, in the paper's [0, 1] domain."""
 
 
 class Delta(nn.Module, ABC):
@@ -158,15 +163,24 @@ class EWGS(Method):
     Attributes:
         grid_kind: `step` (learned step) or `bounds` (learned bounds, the paper's parametrisation).
         rule: `hessian` (delta starts at 0, the straight-through estimator, as in the authors' code) or `fixed`.
-        delta_weight: delta of the weights, in the paper's [0, 1] domain, for `rule="fixed"`.
+        delta_weight: delta of the weights, in the paper's [0, 1] domain, for `rule="fixed"`; None is `DELTA_FIXED`.
         delta_activation: delta of the activations, likewise.
+
+    Raises:
+        ValueError: a delta is given, and the rule would not look at it.
     """
 
     name: ClassVar[str] = "ewgs"
     grid_kind: Literal["step", "bounds"] = "step"
     rule: Literal["fixed", "hessian"] = "hessian"
-    delta_weight: float = 1e-3
-    delta_activation: float = 1e-3
+    delta_weight: float | None = None
+    delta_activation: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rule == "hessian" and (self.delta_weight, self.delta_activation) != (None, None):
+            raise ValueError(
+                "rule='hessian' measures delta: leave out delta_weight and delta_activation, or set rule='fixed'."
+            )
 
     def grid(self, kind: TensorKind, spec: QuantSpec, num_channels: int) -> Grid:
         """Learned step or learned bounds."""
@@ -179,7 +193,7 @@ class EWGS(Method):
         if self.rule == "hessian":
             return GradientScaling(HessianDelta())
         delta = self.delta_weight if kind == "weight" else self.delta_activation
-        return GradientScaling(FixedDelta(delta / (2**spec.bits - 1)))
+        return GradientScaling(FixedDelta((DELTA_FIXED if delta is None else delta) / (2**spec.bits - 1)))
 
     def default_levels(self, kind: TensorKind) -> Levels | Literal["auto"]:
         """The paper's symmetric grid for weights."""

@@ -32,18 +32,25 @@ from qtemper.quantizer import Grid, Method, QuantSpec, Rounding, TensorKind
 
 @final
 class UniformNoise(Rounding):
-    """Forward `v + U(-1/2, 1/2)` where `v` is no code, backward `g`."""
+    """Forward `v + U(-1/2, 1/2)`, backward `g`.
+
+    Args:
+        on_codes: add it where `v` is a code, too.
+    """
 
     reach = 1
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_codes: bool) -> None:
         super().__init__()
+        self.on_codes = on_codes
         self.noise = NoiseSource()
 
     def forward(self, v: Tensor) -> Tensor:
         """Add noise."""
         fixed = v.detach()
-        noise = torch.where(fixed == torch.round(fixed), 0.0, (0.5 * self.noise.signed(v)).to(v.dtype))
+        noise = (0.5 * self.noise.signed(v)).to(v.dtype)
+        if not self.on_codes:
+            noise = torch.where(fixed == torch.round(fixed), 0.0, noise)
         return F.replace_value(v, fixed + noise)
 
     def set_progress(self, progress: float) -> None:
@@ -64,4 +71,4 @@ class Noise(Method):
 
     def rounding(self, kind: TensorKind, spec: QuantSpec) -> Rounding:
         """Additive noise."""
-        return UniformNoise()
+        return UniformNoise(on_codes=False)

@@ -15,7 +15,8 @@ Learned: nothing for weights; for activations, which the paper leaves in float, 
 
 Our reading:
 - The constant of mode `norm` was not found: it is 1 / t, so that both modes differ by a factor of 1 to 2^(1/8) = 1.09.
-- Where t is 0 (one bit, signed) it is |qmin|. One bit's default is the symmetric grid, t = 1/2.
+- Where t is 0 (one bit, signed) it is |qmin|, and positive weights are clipped, with straight-through's gradient all
+  the same. One bit's default is the symmetric grid, t = 1/2.
 - `block` is the number of weights, consecutive in memory, that share a scale ("sub-channel"); it must divide a
   channel's size, or a channel (without a channel axis: the tensor) has one scale.
 - In eval mode the scale's gradient is kept too, with round(v) - v for zeta.
@@ -95,7 +96,8 @@ class NormGrid(Grid):
     def encode(self, x: Tensor) -> Tensor:
         """Position of `x`; the gradient of the scale is in `decode_for`."""
         position = x / self.scale(x).detach() + self.codes.zero_point
-        # Nothing lies outside but by rounding errors, so the gradient passes everywhere: above all at the largest.
+        # On all grids but the signed one of one bit nothing lies outside but by rounding errors, so the gradient passes
+        # everywhere: above all at the largest.
         return F.replace_value(position, torch.clamp(position.detach(), self.codes.qmin, self.codes.qmax))
 
     def decode(self, value: Tensor, v: Tensor) -> Tensor:

@@ -171,6 +171,12 @@ class _Trainer:
         self.display = Display(
             config.epochs, self.steps, config.batch_size, state.step, title, quiet=not self.fabric.is_global_zero
         )
+        asking = any(q.rounding.wants_curvature for _, q in quantizers(state.model))
+        if asking and not 0 < config.curvature_every < config.epochs:
+            self.display.say(
+                "The method's delta is set from the Hessian, which this training never measures: set "
+                "train.curvature_every to fewer than its epochs."
+            )
         with self.display, cached_compilation(), stop_on_signal() as self.stopped:
             while state.step < self.total:
                 try:

@@ -149,7 +149,8 @@ def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
     """Give moments the memory format of their parameters: one that differs takes a GPU's updates off the fast path."""
     for parameter, moments in optimizer.state.items():
         for key, moment in moments.items():
-            if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+            # A number is the count of steps, which stays on the host.
+            if isinstance(moment, Tensor) and moment.dim() and moment.shape == parameter.shape:
                 moments[key] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 
