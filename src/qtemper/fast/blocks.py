@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtemper.fast.integer import convolve_codes
 from qtemper.fast.packing import noise_of, quantize
-from qtemper.fast.plan import Plan, convolve, convolve_backward, output_scale, pixels
+from qtemper.fast.plan import Plan, convolve, convolve_backward, convolve_integers, output_scale, pixels
 from qtemper.quantizer import Quantizer
 
 BLOCK = 2**20
@@ -46,7 +45,7 @@ class _Blocked(torch.autograd.Function):
         packing = plan.act
         x_codes = _by_blocks(act, x, lambda block: quantize(act, packing, block)[1], torch.uint8)
         scale = output_scale(act, weight, plan, x, latent)
-        return convolve_codes(pixels(x_codes, plan), w_codes, scale, packing.shift, plan.geometry, plan.dtype)
+        return convolve_integers(pixels(x_codes, plan), w_codes, scale, packing.shift, plan)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

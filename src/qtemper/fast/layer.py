@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from qtemper.fast.blocks import quantize_and_convolve
-from qtemper.fast.integer import POINTWISE, Geometry, convolve_codes
+from qtemper.fast.integer import POINTWISE, Geometry
 from qtemper.fast.packing import quantize
-from qtemper.fast.plan import Plan, convolve, convolve_backward, make_plan, output_scale, pixels
+from qtemper.fast.plan import Plan, convolve, convolve_backward, convolve_integers, make_plan, output_scale, pixels
 from qtemper.quantizer import Quantizer
 
 
@@ -79,7 +79,7 @@ class _ConvolveCodes(torch.autograd.Function):
     def forward(
         x_hat: Tensor, w_hat: Tensor, x_codes: Tensor, w_codes: Tensor, scale: Tensor, shift: int, plan: Plan
     ) -> Tensor:
-        return convolve_codes(x_codes, w_codes, scale, shift, plan.geometry, plan.dtype)
+        return convolve_integers(x_codes, w_codes, scale, shift, plan)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from qtemper.fast.integer import ACCUMULATOR_MAX, Geometry, is_exact
+from qtemper.fast.integer import ACCUMULATOR_MAX, Geometry, convolve_codes, is_exact
 from qtemper.fast.packing import Packing, packing_of
 from qtemper.quantizer import Quantizer
 
@@ -23,6 +23,7 @@ class Plan:
     act: Packing | None
     weight: Packing | None
     dtype: torch.dtype
+    channels_last: bool
 
 
 def make_plan(act: Quantizer, weight: Quantizer, linear: bool, geometry: Geometry, x: Tensor, latent: Tensor) -> Plan:
@@ -30,14 +31,19 @@ def make_plan(act: Quantizer, weight: Quantizer, linear: bool, geometry: Geometr
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    channels_last = linear or _in_channels_last(x) or _in_channels_last(latent)
     if device == "cpu" and act.spec.channel_axis is None and dtype in (torch.float32, torch.bfloat16):
         a, w = packing_of(act, signed=False), packing_of(weight, signed=True)
         if a is not None and w is not None:
             largest = max(a.high - a.shift, a.shift) * max(-w.low, w.high) * math.prod(latent.shape[1:])
             shape = (*latent.shape, 1, 1) if linear else tuple(latent.shape)
             if largest <= ACCUMULATOR_MAX and is_exact(a.high, a.shift, w.low, w.high, shape, tuple(geometry)):
-                return Plan(linear, geometry, a, w, dtype)
-    return Plan(linear, geometry, None, None, dtype)
+                return Plan(linear, geometry, a, w, dtype, channels_last)
+    return Plan(linear, geometry, None, None, dtype, channels_last)
+
+
+def _in_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def pixels(x: Tensor, plan: Plan) -> Tensor:
@@ -59,6 +65,12 @@ def output_scale(act: Quantizer, weight: Quantizer, plan: Plan, x: Tensor, laten
         # The largest of numbers with a NaN among them is NaN; a mask of all elements would cost ten times as much.
         largest = latent.amax() if act.training or x.numel() == 0 else latent.amax() + x.amax()
         return torch.where(torch.isnan(largest), torch.nan, scale)
+
+
+def convolve_integers(x_codes: Tensor, w_codes: Tensor, scale: Tensor, shift: int, plan: Plan) -> Tensor:
+    """The convolution of codes, in the memory format that torch's has: models may ask for a view of it."""
+    out = convolve_codes(x_codes, w_codes, scale, shift, plan.geometry, plan.dtype)
+    return out if plan.channels_last else out.contiguous()
 
 
 def convolve(x_hat: Tensor, w_hat: Tensor, plan: Plan) -> Tensor:
