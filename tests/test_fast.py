@@ -30,6 +30,8 @@ LAYERS = {
     "strided": (lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1, dilation=2, bias=False), (5, 6, 9, 9)),
     "depthwise": (lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6), (5, 6, 7, 7)),
     "linear": (lambda: nn.Linear(6, 4), (5, 3, 6)),
+    "gray": (lambda: nn.Conv2d(1, 8, 3, padding=1), (5, 1, 7, 7)),
+    "pointwise": (lambda: nn.Conv2d(6, 8, 1), (5, 6, 7, 7)),
 }
 
 
@@ -218,14 +220,14 @@ def test_second_derivatives_are_those_of_the_plain_forward(method):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=close * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("bits", ["W4A4", "W8A8"])
+@pytest.mark.parametrize("kind", ["conv", "gray", "pointwise"])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("x_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("w_format", [torch.contiguous_format, torch.channels_last])
-def test_the_output_lies_in_memory_as_the_float_layers(w_format, x_format, compiled, bits):
-    layer, x = make(bits=bits)
-    layer, x = layer.to(memory_format=w_format), x.contiguous(memory_format=x_format)
-    expected = nn.functional.conv2d(x, layer.latent_weight, layer.bias, padding=1)
+def test_the_output_lies_in_memory_as_the_float_layers(w_format, x_format, compiled, kind):
+    layer, x = make(kind)
+    layer, x = layer.to(memory_format=w_format), x.to(memory_format=x_format)
+    expected = nn.functional.conv2d(x, layer.latent_weight, layer.bias, padding=layer.padding)
     torch._dynamo.reset()
     out = torch.compile(layer, fullgraph=True, backend="aot_eager")(x) if compiled else layer(x)
     assert out.stride() == expected.stride()

@@ -43,7 +43,8 @@ def make_plan(act: Quantizer, weight: Quantizer, linear: bool, geometry: Geometr
 
 
 def _in_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    # By strides, as torch decides: of one channel, or of one pixel, `is_contiguous` says both.
+    return x.stride(1) == 1 and x.stride(3) == x.shape[1]
 
 
 def pixels(x: Tensor, plan: Plan) -> Tensor:
