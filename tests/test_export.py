@@ -16,9 +16,7 @@ from qtemper.export import onnx as onnx_export
 from qtemper.export.bits import from_planes, planes, shrink
 from qtemper.export.onnx import export_onnx
 from qtemper.export.operators import ops
-from qtemper.export.packing import pack_weights
 from qtemper.export.proof import export_and_verify
-from qtemper.export.targets import get_target
 from qtemper.models.mobilenet import MobileNetV1
 from qtemper.models.resnet import ResNet
 from qtemper.models.resnet_cifar import ResNetCifar
@@ -309,21 +307,24 @@ def test_a_float_operator_gone_wrong_is_caught(tmp_path, monkeypatch):
         export_and_verify(model, images(), tmp_path / "m.onnx", rounds=0)
 
 
-@pytest.mark.skipif(
-    any(flag in qtemper.environment.cpu_flags() for flag in ("avx512_vnni", "amx_int8"))
-    or "avx2" not in qtemper.environment.cpu_flags(),
-    reason="8-bit kernels saturate on CPUs with AVX2 alone",
-)
-def test_saturation_of_int8_weights_is_caught():
-    """What the file would be if 8-bit weights went as int8; a CPU with VNNI computes it exactly."""
-    model, x, target = small("W8A8"), images(), get_target("onnxruntime")
-    integers = integer_model(model, x)
-    file = onnx_export.to_onnx(integers, x)
-    pack_weights(file, int2=True, plain=True)
-    report = verify.verify(onnx_export.ir.serde.serialize_model(file), integers, x, target)
-    wrong = {(c.inputs, c.layer) for c in report.counts if c.runtime == "onnxruntime" and c.wrong}
-    assert any(inputs == "each layer" for inputs, _ in wrong)
-    assert report.failures()
+@pytest.mark.parametrize("bits", ["W7A8", "W8A8"])
+def test_int8_weights_are_exact_or_refused(bits, tmp_path):
+    """Exact with VNNI; with AVX2 alone products saturate, which the proof must catch."""
+    path, flags = tmp_path / "m.onnx", qtemper.environment.cpu_flags()
+    exact = any(flag in flags for flag in ("avx512_vnni", "avx_vnni", "amx_int8")) or "avx2" not in flags
+    if not exact:
+        with pytest.raises(ExportError, match="target onnxruntime,"):
+            export_and_verify(small(bits), images(), path, target="onnxruntime-int8", rounds=0)
+        assert not path.exists()
+        return
+    report = export_and_verify(small(bits), images(), path, target="onnxruntime-int8", rounds=0)
+    assert report.kernels == (8, 8)
+    model = onnx.load(path)
+    zeros = {n.input[2] for n in model.graph.node if n.op_type == "DequantizeLinear" and len(n.input) > 2}
+    kinds = {t.name: t.data_type for t in model.graph.initializer}
+    channels = [t for t in model.graph.initializer if t.name in zeros and t.dims and t.dims[0] > 1]
+    assert channels
+    assert all(kinds[t.name] == onnx.TensorProto.INT8 for t in channels)
 
 
 def test_tensorrt_has_symmetric_int8_and_float_biases(tmp_path):

@@ -116,7 +116,7 @@ class Export:
     Attributes:
         run_directory: the run directory.
         out: the file; the proof goes beside it, as FILE.report.json.
-        target: onnxruntime, openvino, tensorrt or qonnx.
+        target: onnxruntime, onnxruntime-int8, openvino, tensorrt or qonnx.
         data: directory of the data set; the training's own if not given.
         images: test images whose top-1 is compared; all if not given.
     """

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "i8mm")
+CPU_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "i8mm")
 """CPU features that decide speed, and in part exactness, of low-bit kernels."""
 
 

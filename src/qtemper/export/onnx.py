@@ -249,7 +249,7 @@ def build_onnx(integers: fx.GraphModule, example: Tensor, target: Target) -> ir.
     if target.signed:
         _require_positive_scales(integers)
         float_biases(model)
-    pack_weights(model, int2=target.int2, plain=target.signed)
+    pack_weights(model, int2=target.int2, int8=target.int8, plain=target.signed)
     _slim(model)
     return model
 

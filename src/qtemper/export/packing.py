@@ -4,7 +4,8 @@
 |---|---|---|
 | 2 bits (where the target knows it), 3 and 4 bits | INT2, INT4 | Cast to int8 |
 | 1, 5, 6 and 7 bits | planes of bits, 8 codes a byte | shifted, masked, added up, Cast to int8 |
-| 8 bits | uint8, zero point 128 | itself: int8 weights saturate silently on CPUs without VNNI |
+| 8 bits | uint8, zero point 128 | itself: int8 weights saturate silently on CPUs with AVX2 alone |
+| 8 bits, for a target that says `int8` | int8 | itself |
 
 Odd codes (grids without a zero) are stored halved, and a channel that holds the one code more that its negative range
 lacks is stored negated.
@@ -23,12 +24,13 @@ SAFE = 63
 """Largest code of an int8 weight whose products with 8-bit activations add up in 16 bits, as AVX2 kernels do."""
 
 
-def pack_weights(model: ir.Model, *, int2: bool, plain: bool = False) -> None:
+def pack_weights(model: ir.Model, *, int2: bool, int8: bool = False, plain: bool = False) -> None:
     """Replace the int8 weights of a model, in place.
 
     Args:
         model: weights are initializers that a DequantizeLinear takes.
         int2: whether the target knows INT2 (opset 25).
+        int8: whether weights of 8 bits stay int8.
         plain: leave int8 weights as they are.
     """
     done: dict[str, tuple[ir.Value, int]] = {}  # a layer that is used twice has one weight
@@ -38,7 +40,7 @@ def pack_weights(model: ir.Model, *, int2: bool, plain: bool = False) -> None:
             continue
         codes, packer, name = weight.const_value.numpy(), _Packer(model, node, weight), str(weight.name)
         if name not in done:
-            done[name] = (weight, 0) if plain else _pack(packer, codes, int2)
+            done[name] = (weight, 0) if plain else _pack(packer, codes, int2, int8)
         packer.finish(done[name][0], codes.shape, done[name][1])
     kinds = {value.const_value.dtype for value in model.graph.initializers.values() if value.const_value is not None}
     uses_int2 = ir.DataType.INT2 in kinds
@@ -64,10 +66,12 @@ def float_biases(model: ir.Model) -> None:
             model.graph.initializers.pop(str(bias.name))
 
 
-def _pack(packer: _Packer, codes: NDArray[np.int8], int2: bool) -> tuple[ir.Value, int]:
+def _pack(packer: _Packer, codes: NDArray[np.int8], int2: bool, int8: bool) -> tuple[ir.Value, int]:
     """The codes as a value of the graph, and their zero point."""
-    wide = max(int(codes.max()), -int(codes.min()) - 1) > SAFE
+    wide = not int8 and max(int(codes.max()), -int(codes.min()) - 1) > SAFE
     stored = shrink(codes)
+    if stored.bits == 8 and int8:
+        return packer.weight, 0
     if stored.bits == 8:
         return packer.initializer("_uint8", (codes.astype(np.int16) + 128).astype(np.uint8)), 128
     if stored.bits == 2 and int2:

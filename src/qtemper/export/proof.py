@@ -70,7 +70,10 @@ def export_and_verify(
     if failures:
         write_atomically(failed, report.to_json().encode())
         more = f", and {len(failures) - 3} more" if len(failures) > 3 else ""
-        raise ExportError(f"{path} failed its verification and was not written: {'; '.join(failures[:3])}{more}.")
+        remedy = " On a CPU without VNNI use the target onnxruntime, exact everywhere." if wanted.int8 else ""
+        raise ExportError(
+            f"{path} failed its verification and was not written: {'; '.join(failures[:3])}{more}.{remedy}"
+        )
     write_atomically(path, file)
     write_atomically(path.with_name(path.name + ".report.json"), report.to_json().encode())
     failed.unlink(missing_ok=True)

@@ -17,12 +17,15 @@ class Target:
         int2: whether it reads INT2 weights (opset 25); INT4 then holds 2 bits otherwise.
         signed: int8 codes whose zero is 0 everywhere, weights of one byte, a float bias; otherwise uint8 codes, and
             weights as small as they go.
+        int8: weights of 8 bits are int8, which CPUs with AVX2 alone saturate and others compute fastest; otherwise
+            uint8 with zero point 128, exact everywhere.
         quant_nodes: QONNX's operator `Quant` on float tensors, any width, instead of integers.
     """
 
     name: str
     int2: bool = False
     signed: bool = False
+    int8: bool = False
     quant_nodes: bool = False
 
 
@@ -39,6 +42,7 @@ TARGETS = {
     target.name: target
     for target in (
         Target("onnxruntime", int2=_reads_int2()),
+        Target("onnxruntime-int8", int2=_reads_int2(), int8=True),
         Target("openvino"),
         Target("tensorrt", signed=True),
         Target("qonnx", quant_nodes=True),
