@@ -23,6 +23,8 @@ from qtemper.config import Experiment, override
 from qtemper.models import ModelConfig, build
 from qtemper.recipes import get_recipe
 from qtemper.run import RunDir
+from qtemper.schedules import Step
+from qtemper.train import OptimConfig, TrainConfig
 from qtemper.train.snapshot import TrainState
 from qtemper.train.state import save_checkpoint
 
@@ -271,12 +273,33 @@ PREPARE: list[Row] = [
     (
         "rule-levels",
         lambda tmp: lambda: prepare(net(), "lsq", BitPolicy(rules=(Rule("2", weight_levels="sgned"),))),
-        ("2, weight", "'sgned'", "'signed'"),
+        ("Rule('2').weight_levels", "'sgned'", "'signed'"),
     ),
     (
         "rule-matches-nothing",
         lambda tmp: lambda: prepare(Skips(), "lsq", BitPolicy(rules=(Rule("unusd", 8, 8),))),
         ("'unusd'", "matches no layer", "'unused'"),
+    ),
+    ("plan-granularity", lambda tmp: edited_plan(granularity="chanel"), ("2, weight", "'chanel'", "'channel'")),
+    ("plan-field", lambda tmp: edited_plan(bit=8), ("'bit'", "'bits'")),
+    (
+        "prepare-nothing",
+        lambda tmp: lambda: prepare(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), "lsq", "W4A4"),
+        ("every layer in float", "first_last='8bit' or 'same'"),
+    ),
+    (
+        "prepare-twice-by-plan",
+        lambda tmp: lambda: prepare(prepared(), "lsq", make_plan(net(), ALL)),
+        ("quantized already", "float model"),
+    ),
+    ("optimizer", lambda tmp: lambda: OptimConfig(optimizer="SGD"), ("optimizer", "'SGD'", "'sgd'")),
+    ("precision", lambda tmp: lambda: TrainConfig(precision="bfloat16"), ("precision", "'bfloat16'", "'bf16'")),
+    ("milestones", lambda tmp: lambda: Step(milestones=(30, 45)), ("fractions", "[30, 45]")),
+    ("ewgs-rule", lambda tmp: lambda: get_method("ewgs", rule="hesian"), ("ewgs.rule", "'hesian'", "'hessian'")),
+    (
+        "ewgs-delta",
+        lambda tmp: lambda: get_method("ewgs", rule="fixed", delta_weight=-5.0),
+        ("delta_weight", "not be negative"),
     ),
     ("plan-bits", lambda tmp: edited_plan(bits=9), ("2, weight", "1 to 8", "got 9")),
     (
@@ -442,7 +465,7 @@ COMMAND: list[Row] = [
     (
         "set-all-float",
         train("--set", "policy.weight=32", "--set", "policy.activation=32"),
-        ("every layer in float", "policy.weight", "1 to 8"),
+        ("every layer in float", "bits to 1 to 8"),
     ),
     (
         "set-correlation-on-grid",

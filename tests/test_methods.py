@@ -291,6 +291,52 @@ class TestDeltaRules:
         delta = layer.weight_quantizer.rounding.delta
         assert float(delta()) == pytest.approx(curvature.mean_diagonal / (3 * curvature.gradient_std), rel=1e-4)
 
+    def test_the_weight_of_a_layer_that_is_used_twice_has_one_hessian(self):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 4, bias=False)
+        model = torch.nn.Sequential(layer, layer)
+        qtemper.prepare(model, EWGS(rule="hessian"), qtemper.BitPolicy(4, 32, "same"))
+        x = torch.randn(64, 4)
+        qtemper.calibrate(model, [x])
+        found = qtemper.update_curvature(
+            model, [x], lambda net, x: net(x).square().mean(), max_draws=2000, tolerance=0.0
+        )["0.weight_quantizer"]
+        weight, scale = layer.weight.detach(), layer.weight_quantizer.grid.step.item()
+
+        def loss(w):
+            return (x @ w.T @ w.T).square().mean()
+
+        hessian = torch.autograd.functional.hessian(loss, weight).view(16, 16)
+        assert found.mean_diagonal == pytest.approx(float(hessian.diagonal().mean()) * scale**2, rel=0.05)
+        gradient = torch.autograd.functional.jacobian(loss, weight) * scale
+        assert found.gradient_std == pytest.approx(float(gradient.std(correction=0)), rel=1e-3)
+
+    def test_tensors_without_a_gradient_have_a_curvature(self):
+        """A fixed input scale, a frozen layer; what did not run is left out."""
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+        model[0].weight.requires_grad_(False)
+        qtemper.prepare(model, "ewgs", qtemper.BitPolicy(4, 4, "8bit"))
+        x = torch.randn(32, 6)
+        qtemper.calibrate(model, [x])
+        model[0].weight_quantizer.requires_grad_(False)
+        found = qtemper.update_curvature(model, [x], lambda net, x: net(x).square().mean())
+        assert len(found) == 4
+        assert all(curvature.mean_diagonal > 0 for curvature in found.values())
+        assert qtemper.update_curvature(model, [x], lambda net, x: net[2](x).sum()).keys() == {
+            "2.weight_quantizer",
+            "2.act_quantizer",
+        }
+
+    def test_a_linear_loss_has_no_curvature(self):
+        torch.manual_seed(0)
+        model = qtemper.prepare(torch.nn.Linear(6, 3), "ewgs", qtemper.BitPolicy(4, 32, "same"))
+        x = torch.randn(32, 6)
+        qtemper.calibrate(model, [x])
+        (flat,) = qtemper.update_curvature(model, [x], lambda net, x: net(x).sum()).values()
+        assert flat.mean_diagonal == 0
+        assert flat.gradient_std > 0
+
     def test_statistics_survive_any_order_of_zeroing_and_clip_nothing(self):
         """They lie in a buffer: no optimizer, clipping or zero_grad sees them."""
         torch.manual_seed(0)

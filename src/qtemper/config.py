@@ -14,7 +14,7 @@ from typing import Any, Literal, Union
 from qtemper import methods, schedules
 from qtemper.calibrate import Observer
 from qtemper.data import DataConfig
-from qtemper.errors import ConfigError, nearest
+from qtemper.errors import ConfigError, check_choices, nearest
 from qtemper.models import ModelConfig
 from qtemper.policy import BitPolicy
 from qtemper.quantizer import Method
@@ -40,6 +40,7 @@ class CalibrationConfig:
     batch_norm: bool = True
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("batches", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")

@@ -7,6 +7,7 @@ so the cross terms between tensors have mean zero, and a draw costs one backward
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -47,14 +48,17 @@ def update_curvature(
 
     Args:
         model: a prepared, calibrated model; its mode is kept.
-        batches: the estimate is the mean over them.
+        batches: the estimate is the mean over them; on the model's device.
         loss: `loss(model, batch)`, a scalar.
         max_draws: Rademacher draws per batch, at most.
         tolerance: a batch ends early when no running mean moved by more than this fraction.
         seed: of the draws.
 
     Returns:
-        The curvature by quantizer name.
+        The curvature by quantizer name, without those that no batch reached.
+
+    Raises:
+        ValueError: no batches.
     """
     targets = {name: q for name, q in quantizers(model) if q.rounding.wants_curvature}
     if not targets:
@@ -66,8 +70,9 @@ def update_curvature(
     means = torch.tensor(found, dtype=torch.float64).mean(dim=0)
     result = {}
     for (name, quantizer), (diagonal, std) in zip(targets.items(), means.tolist(), strict=True):
-        result[name] = Curvature(diagonal, std)
-        quantizer.rounding.set_curvature(diagonal, std)
+        if math.isfinite(diagonal):
+            result[name] = Curvature(diagonal, std)
+            quantizer.rounding.set_curvature(diagonal, std)
     return result
 
 
@@ -81,8 +86,17 @@ def _one_batch(
     key: tuple[int, int],
 ) -> list[tuple[float, float]]:
     outputs: dict[str, list[Tensor]] = {name: [] for name in targets}
+
+    def keep(name: str, out: Tensor) -> Tensor:
+        seen = outputs[name]
+        if seen and name.endswith("weight_quantizer"):  # of a layer that is used twice: one tensor, one Hessian
+            return seen[0]
+        # Frozen weights and fixed input scales have no gradient of their own, and a curvature all the same.
+        seen.append(out if out.requires_grad else out.detach().requires_grad_())
+        return seen[-1]
+
     hooks = [
-        quantizer.register_forward_hook(lambda _m, _i, out, name=name: outputs[name].append(out))
+        quantizer.register_forward_hook(lambda _m, _i, out, name=name: keep(name, out))
         for name, quantizer in targets.items()
     ]
     try:
@@ -95,16 +109,21 @@ def _one_batch(
     # One bin of each tensor: derivatives per bin are derivatives per unit times this.
     bins = [targets[name].grid.scale(out).detach() for name, out in flat]
     gradients = torch.autograd.grad(value, tensors, create_graph=True, allow_unused=True, materialize_grads=True)
+    bent = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]  # the loss is linear in the others
     total = dict.fromkeys(targets, 0.0)
     previous = means = dict(total)
     for draw in range(1, max_draws + 1):
         signs = [_rademacher(out, *key, draw, i) for i, out in enumerate(tensors)]
-        products = torch.autograd.grad(
-            gradients,
-            tensors,
-            [s * b for s, b in zip(signs, bins, strict=True)],
-            retain_graph=True,
-            allow_unused=True,
+        products = (
+            torch.autograd.grad(
+                [gradients[i] for i in bent],
+                tensors,
+                [signs[i] * bins[i] for i in bent],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            if bent
+            else [None] * len(tensors)
         )
         for (name, out), sign, product, b in zip(flat, signs, products, bins, strict=True):
             if product is not None:
@@ -116,7 +135,9 @@ def _one_batch(
     stds: dict[str, list[Tensor]] = {name: [] for name in targets}
     for (name, _), gradient, b in zip(flat, gradients, bins, strict=True):
         stds[name].append((gradient.detach() * b).reshape(-1))
-    return [(means[n], float(torch.cat(stds[n]).std(correction=0))) for n in targets]
+    return [
+        (means[n], float(torch.cat(stds[n]).std(correction=0))) if stds[n] else (math.nan, math.nan) for n in targets
+    ]
 
 
 def _rademacher(like: Tensor, *words: int) -> Tensor:

@@ -1,9 +1,12 @@
-"""The package's exceptions. All are ValueErrors, so that one `except ValueError` catches every bad input."""
+"""Exceptions for bad input, all of them ValueErrors, and what their messages are made of."""
 
 from __future__ import annotations
 
 import difflib
+import types
+import typing
 from collections.abc import Iterable
+from typing import Any, Literal, Union
 
 
 class NotCalibratedError(ValueError):
@@ -35,3 +38,31 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}."
+
+
+def check_choices(settings: Any, name: str = "") -> None:
+    """Refuse a dataclass with a field that its `Literal` does not allow.
+
+    Args:
+        settings: an instance.
+        name: what the message calls it.
+
+    Raises:
+        ConfigError: naming the field and what it may be.
+    """
+    for field, hint in typing.get_type_hints(type(settings)).items():
+        choices = _choices(hint)
+        if choices and getattr(settings, field) not in choices:
+            known = ", ".join(repr(choice) for choice in choices)
+            where = f"{name}.{field}" if name else field
+            raise ConfigError(f"{where} must be one of {known}, got {getattr(settings, field)!r}.")
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The values of a `Literal`, or of a union of them and None; empty for any other type."""
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)
+    if typing.get_origin(hint) not in (Union, types.UnionType):
+        return ()
+    parts = [(None,) if part is type(None) else _choices(part) for part in typing.get_args(hint)]
+    return tuple(choice for part in parts for choice in part) if all(parts) else ()

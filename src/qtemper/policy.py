@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from qtemper import layers
-from qtemper.errors import ConfigError, UnsupportedModuleError, nearest
+from qtemper.errors import ConfigError, UnsupportedModuleError, check_choices, nearest
 from qtemper.functional import Levels
 from qtemper.methods import get_method
 from qtemper.quantizer import Method, QuantSpec, TensorKind
@@ -48,9 +49,7 @@ class Rule:
     train_input: bool | None = None
 
     def __post_init__(self) -> None:
-        for granularity in (self.weight_granularity, self.activation_granularity):
-            if granularity not in ("tensor", "channel", None):
-                raise ConfigError(f"granularity must be 'tensor' or 'channel', got {granularity!r}.")
+        check_choices(self, f"Rule({self.pattern!r})")
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,7 @@ class BitPolicy:
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.first_last not in ("float", "8bit", "same"):
-            raise ConfigError(f"first_last must be 'float', '8bit' or 'same', got {self.first_last!r}.")
+        check_choices(self)
 
     @classmethod
     def parse(cls, text: str) -> BitPolicy:
@@ -120,6 +118,9 @@ class Row:
     granularity: Granularity = "tensor"
     trained: bool = True
 
+    def __post_init__(self) -> None:
+        check_choices(self, f"{self.layer}, {self.tensor}")
+
 
 class Plan:
     """The table of every quantizer that `prepare` will make: print it, edit it, pass it on.
@@ -149,8 +150,12 @@ class Plan:
         """Change fields of one row.
 
         Raises:
-            ConfigError: if there is no such row.
+            ConfigError: there is no such row or field, or the value is none of the field's.
         """
+        fields = [field.name for field in dataclasses.fields(Row)]
+        for name in changes:
+            if name not in fields:
+                raise ConfigError(f"a row of the plan has no {name!r}; {nearest(name, fields)}")
         self._rows[layer, tensor] = replace(self[layer, tensor], **changes)
 
     def __str__(self) -> str:

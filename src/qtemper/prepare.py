@@ -9,7 +9,7 @@ from torch import nn
 
 from qtemper import layers
 from qtemper.counter import NoiseSource
-from qtemper.errors import ConfigError
+from qtemper.errors import ConfigError, UnsupportedModuleError
 from qtemper.fast import pooling
 from qtemper.methods import get_method
 from qtemper.policy import FLOAT_BITS, BitPolicy, Granularity, Plan, Row, format_table, make_plan
@@ -19,8 +19,9 @@ from qtemper.quantizer import Method, Quantizer, QuantSpec, TensorKind, quantize
 def prepare(model: nn.Module, method: Method | str, policy: BitPolicy | Plan | str, *, seed: int = 0) -> nn.Module:
     """Put quantizers into a float model, in place. Prepare the whole model at once, before wrapping it.
 
-    The layers become subclasses of what they were; parameters, keys of the float state dict, hooks and references
-    stay. Everything the optimizer needs exists afterwards; the scales come from `calibrate` or a checkpoint.
+    The layers become subclasses of what they were, and so does max pooling, for speed; parameters, keys of the float
+    state dict, hooks and references stay. Everything the optimizer needs exists afterwards; the scales come from
+    `calibrate` or a checkpoint.
 
     Args:
         model: the float model, on any device.
@@ -32,7 +33,7 @@ def prepare(model: nn.Module, method: Method | str, policy: BitPolicy | Plan | s
         The same model.
 
     Raises:
-        ConfigError: unknown method; a rule that matches nothing; bits out of range.
+        ConfigError: unknown method; a rule that matches nothing; bits out of range; nothing to quantize.
         UnsupportedModuleError: a module cannot be quantized.
         ValueError: weights that are not finite.
     """
@@ -45,6 +46,8 @@ def prepare(model: nn.Module, method: Method | str, policy: BitPolicy | Plan | s
     for name in by_layer:
         if name not in known:
             raise ConfigError(f"the plan names {name!r}, which is no layer of this model; use make_plan on this model.")
+        if isinstance(model.get_submodule(name), layers.QuantLayer):
+            raise UnsupportedModuleError(f"{name or 'the model'} is quantized already; prepare the float model.")
     todo = [(name, model.get_submodule(name), rows) for name, rows in by_layer.items()]
     for name, layer, _ in todo:
         _check_weight(name, layer)
@@ -52,6 +55,11 @@ def prepare(model: nn.Module, method: Method | str, policy: BitPolicy | Plan | s
         (layer, [_build(method, row, layer) for row in (rows.get("weight"), rows.get("activation"))])
         for _, layer, rows in todo
     ]
+    if all(weight is None and act is None for _, (weight, act) in built):
+        raise ConfigError(
+            "the policy leaves every layer in float: set its bits to 1 to 8, and for a network of one or two layers "
+            "first_last='8bit' or 'same'."
+        )
     # Nothing has been changed up to here: an error above leaves the float model as it was.
     for layer, (weight, act) in built:
         if weight is not None or act is not None:

@@ -10,7 +10,6 @@ in the package:
 from __future__ import annotations
 
 import math
-import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qtemper import functional as F
-from qtemper.errors import NotCalibratedError
+from qtemper.errors import NotCalibratedError, check_choices
 from qtemper.functional import CodeRange, Levels
 
 TensorKind = Literal["weight", "activation"]
@@ -224,11 +223,7 @@ class Method(ABC):
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for key, hint in typing.get_type_hints(type(self)).items():
-            allowed = typing.get_args(hint)
-            if typing.get_origin(hint) is Literal and getattr(self, key) not in allowed:
-                choices = ", ".join(repr(a) for a in allowed)
-                raise ValueError(f"{self.name}.{key} must be one of {choices}, got {getattr(self, key)!r}.")
+        check_choices(self, self.name)
 
     @abstractmethod
     def grid(self, kind: TensorKind, spec: QuantSpec, num_channels: int) -> Grid:

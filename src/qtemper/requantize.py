@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from qtemper.calibrate import Observer, calibrate, reestimate_batch_norm
+from qtemper.errors import UnsupportedModuleError
 from qtemper.policy import BitPolicy, Plan
 from qtemper.prepare import latent_state, prepare
 from qtemper.quantizer import Method, quantizers
@@ -47,8 +48,11 @@ def requantize(
 
     Raises:
         RuntimeError: `model` has other keys or shapes than `trained`.
+        UnsupportedModuleError: `model` is prepared already, or `trained` itself.
         ValueError: what `prepare` and `calibrate` refuse.
     """
+    if model is trained or any(True for _ in quantizers(model)):
+        raise UnsupportedModuleError("requantize needs a second model: a fresh float one of the same architecture.")
     batches = list(batches)
     model.load_state_dict(latent_state(trained))
     prepare(model, method, policy, seed=seed)

@@ -59,6 +59,12 @@ class Step:
     factor: float = 0.1
     milestones: tuple[float, ...] = (0.5, 0.75)
 
+    def __post_init__(self) -> None:
+        if not all(0 <= milestone <= 1 for milestone in self.milestones):
+            raise ValueError(
+                f"milestones are fractions of the training, 0.5 for epoch 30 of 60, got {list(self.milestones)}."
+            )
+
     def __call__(self, progress: float) -> float:
         """`start * factor ** (number of milestones reached)`."""
         reached: int = sum(progress >= milestone for milestone in self.milestones)

@@ -6,6 +6,7 @@ method is adding a file (and its test).
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from typing import Any
@@ -44,7 +45,8 @@ def get_method(name: str, **settings: Any) -> Method:
         ConfigError: unknown method or setting.
     """
     cls = method_class(name)
-    fields = getattr(cls, "__dataclass_fields__", {})
+    settable: Any = cls  # every method is a dataclass
+    fields = [field.name for field in dataclasses.fields(settable)]
     for key in settings:
         if key not in fields:
             raise ConfigError(f"method {name!r} has no setting {key!r}; {nearest(key, fields)}")

@@ -167,7 +167,7 @@ class EWGS(Method):
         delta_activation: delta of the activations, likewise.
 
     Raises:
-        ValueError: a delta is given, and the rule would not look at it.
+        ValueError: a delta is negative, or given where the rule would not look at it; an unknown rule or kind of grid.
     """
 
     name: ClassVar[str] = "ewgs"
@@ -177,6 +177,9 @@ class EWGS(Method):
     delta_activation: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(delta is not None and delta < 0 for delta in (self.delta_weight, self.delta_activation)):
+            raise ValueError("delta_weight and delta_activation must not be negative.")
         if self.rule == "hessian" and (self.delta_weight, self.delta_activation) != (None, None):
             raise ValueError(
                 "rule='hessian' measures delta: leave out delta_weight and delta_activation, or set rule='fixed'."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qtemper.errors import check_choices
 from qtemper.train.optim import LossConfig, OptimConfig
 
 MAX_TIMEOUT = 1e6
@@ -57,6 +58,7 @@ class TrainConfig:
     timeout: float = 1800.0
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in (
             "epochs",
             "batch_size",

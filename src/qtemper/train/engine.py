@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qtemper.curvature import update_curvature
 from qtemper.data.images import batch_share
 from qtemper.data.source import Source
+from qtemper.errors import CheckpointError
 from qtemper.fast import cached_compilation
 from qtemper.progress import set_progress
 from qtemper.quantizer import quantizers
@@ -37,7 +38,7 @@ from qtemper.train.processes import (
 )
 from qtemper.train.signals import TrainingInterrupted, stop_on_signal
 from qtemper.train.snapshot import TrainState
-from qtemper.train.state import load_checkpoint, save_checkpoint
+from qtemper.train.state import holds_checkpoints, load_checkpoint, save_checkpoint
 
 MAX_ROLLBACKS = 3
 """Rollbacks after which a training that still diverges is given up."""
@@ -101,13 +102,18 @@ def fit(
         TrainingInterrupted: on Ctrl-C or SIGTERM, after a checkpoint.
         DivergedError: a loss or gradient is not finite, and `on_nonfinite` is `stop` or rollbacks did not help. On a
             CPU no parameter has moved by it; an accelerator is one step ahead.
-        CheckpointError: nothing to resume from, or a checkpoint cannot be written.
+        CheckpointError: nothing to resume from; `out` has checkpoints and `resume` is not set; or one cannot be
+            written.
         ProcessLostError: another process died or did not answer in time.
     """
     if config.batch_size > source.train_size:
         raise ValueError(f"batch_size {config.batch_size} is more than the {source.train_size} images; lower it.")
     if resume and out is None:
         raise ValueError("resume needs the directory that holds the checkpoints: set out.")
+    if out is not None and not resume and holds_checkpoints(out / "checkpoints"):
+        raise CheckpointError(
+            f"{out} holds the checkpoints of a training; continue it with resume=True, or choose another directory."
+        )
     keep_memory()
     with report_lost_process(config.timeout):
         trainer = _Trainer(model, source, config, seed, out, teacher, fabric or make_fabric(timeout=config.timeout))
@@ -319,7 +325,7 @@ class _Trainer:
 
     def roll_back(self, error: DivergedError) -> None:
         """Return to the last checkpoint at half the learning rate, or give up."""
-        saved = self.out is not None and any((self.out / "checkpoints").glob("step-*"))
+        saved = self.out is not None and holds_checkpoints(self.out / "checkpoints")
         if self.config.on_nonfinite == "stop" or not saved or self.rollbacks == MAX_ROLLBACKS:
             raise error
         self.rollbacks += 1

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qtemper.errors import check_choices
 from qtemper.prepare import param_groups
 from qtemper.schedules import Cosine, Schedule
 
@@ -41,6 +42,7 @@ class OptimConfig:
     clip_norm: float = 0.0
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("lr", "quantizer_lr", "weight_decay", "momentum", "clip_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")

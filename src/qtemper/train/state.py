@@ -215,6 +215,11 @@ def _newest_sound(directory: Path, model: nn.Module) -> tuple[Path, list[str]]:
     raise CheckpointError(f"no sound checkpoint in {directory}{detail}; start again with a new --out.")
 
 
+def holds_checkpoints(directory: Path) -> bool:
+    """Whether there is a checkpoint, sound or not."""
+    return bool(_complete(directory))
+
+
 def _complete(directory: Path) -> list[Path]:
     """Checkpoint directories, newest first; temporary ones do not count, and replaced ones come after their step's."""
     found = []
