@@ -20,8 +20,10 @@ import qtemper
 from qtemper import BitPolicy, Rule, calibrate, get_method, make_plan, prepare, set_progress
 from qtemper.cli import main
 from qtemper.config import Experiment, override
+from qtemper.methods.lsq import LSQ
 from qtemper.models import ModelConfig, build
 from qtemper.recipes import get_recipe
+from qtemper.requantize import requantize
 from qtemper.run import RunDir
 from qtemper.schedules import Step
 from qtemper.train import OptimConfig, TrainConfig
@@ -56,6 +58,10 @@ def net_with(value: float) -> nn.Sequential:
     with torch.no_grad():
         model[2].weight[3, 3] = value
     return model
+
+
+def prepared_with_norm() -> nn.Sequential:
+    return prepare(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)), "lsq", ALL)
 
 
 def prepared(policy: BitPolicy = ALL) -> nn.Module:
@@ -291,6 +297,20 @@ PREPARE: list[Row] = [
         "prepare-twice-by-plan",
         lambda tmp: lambda: prepare(prepared(), "lsq", make_plan(net(), ALL)),
         ("quantized already", "float model"),
+    ),
+    ("policy-number", lambda tmp: lambda: prepare(net(), "lsq", 4), ("'W4A4'", "got 4")),
+    ("method-class", lambda tmp: lambda: prepare(net(), LSQ, "W4A4"), ("instance", "get_method")),
+    ("rule-says-nothing", lambda tmp: lambda: Rule("2"), ("Rule('2')", "weight=8")),
+    ("calibrate-one-tensor", lambda tmp: lambda: calibrate(prepared(), batch()), ("one tensor", "[x]")),
+    (
+        "batch-norm-batch-of-one",
+        lambda tmp: lambda: calibrate(prepared_with_norm(), [batch(), batch()[:1]], batch_norm=True),
+        ("too small for batch norm", "leave it out"),
+    ),
+    (
+        "requantize-itself",
+        lambda tmp: lambda: (model := prepared()) and requantize(model, model, "lsq", ALL, [batch()]),
+        ("second model", "float"),
     ),
     ("optimizer", lambda tmp: lambda: OptimConfig(optimizer="SGD"), ("optimizer", "'SGD'", "'sgd'")),
     ("precision", lambda tmp: lambda: TrainConfig(precision="bfloat16"), ("precision", "'bfloat16'", "'bf16'")),

@@ -120,6 +120,20 @@ def test_batch_norm_is_re_estimated_in_the_quantized_network():
     assert model[1].momentum == 0.1
 
 
+def test_a_small_last_batch_weighs_what_it_has():
+    torch.manual_seed(0)
+    batches = [torch.randn(64, 3), torch.randn(64, 3), torch.randn(2, 3) + 5]
+    model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.3), nn.Linear(3, 3))
+    qtemper.prepare(model, "lsq", SAME)
+    qtemper.calibrate(model, batches, batch_norm=True)
+    torch.testing.assert_close(model[0].running_mean, torch.cat(batches).mean(0), rtol=1e-4, atol=1e-5)
+    assert model[0].momentum == 0.3
+    statistics = model[0].running_mean.clone()
+    with pytest.raises(CalibrationError, match="too small"):
+        qtemper.calibrate(model, [*batches, torch.randn(1, 3)], batch_norm=True)
+    assert torch.equal(model[0].running_mean, statistics)
+
+
 def test_dictionaries_tuples_and_functions_of_batches():
     class Named(nn.Linear):
         def forward(self, pixels):

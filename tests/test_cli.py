@@ -153,7 +153,7 @@ def test_train_then_evaluate(qtemper: Command, tmp_path: Path) -> None:
     # Evaluation finds the same, on its own, from the file and from the newest checkpoint.
     evaluated = json.loads(qtemper("evaluate", run, "--json")[0])
     assert evaluated["top1"] == result["top1"]
-    assert evaluated == {"run": str(run), "recipe": DIGITS, **result}
+    assert evaluated == {"run": str(run), "recipe": DIGITS, "finished": True, **result}
     assert accuracies(qtemper("evaluate", run)[0]) == [float_top1, calibrated_top1, top1]
     # At other bits, too; its own are the network itself.
     out, _ = qtemper("evaluate", run, "--bits", "W2", "w8A8", "W1")
@@ -161,9 +161,13 @@ def test_train_then_evaluate(qtemper: Command, tmp_path: Path) -> None:
     at = json.loads(qtemper("evaluate", run, "--json", "--bits", "W2", "W1", "--batch-norm")[0])["top1_at"]
     assert out.splitlines()[2].split()[2] == f"{result['top1']:.2f}%"
     assert at.keys() == {"W2", "W1"}
+    assert "name them with --bits" in qtemper("evaluate", run, "--batch-norm", code=2)[1]
     assert "write W3" in qtemper("evaluate", run, "--bits", "3", code=2)[1]
     (run / "final.safetensors").unlink()
-    assert json.loads(qtemper("evaluate", run, "--json")[0])["top1"] == result["top1"]
+    out, err = qtemper("evaluate", run, "--json")
+    assert json.loads(out)["top1"] == result["top1"]
+    assert not json.loads(out)["finished"]
+    assert "has not finished its training: this is its step-" in err
     newest = max((run / "checkpoints").iterdir())
     (newest / "state.json").write_bytes(b"")
     out, err = qtemper("evaluate", run, "--json")

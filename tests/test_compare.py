@@ -39,6 +39,11 @@ def test_first_seed_of_every_arm_runs_first():
     assert len({r.config_hash for r in runs}) == 10
 
 
+def test_an_axis_of_lists():
+    arms = grid.make_arms(["train.optim.schedule.milestones=[0.5,0.75],[0.3]"], [])
+    assert [a.label.partition("=")[2] for a in arms] == ["[0.5,0.75]", "[0.3]"]
+
+
 @pytest.mark.parametrize(
     ("vary", "arms", "says"),
     [
@@ -109,6 +114,52 @@ def test_statistics_are_paired_by_seed():
     assert second.half_width == pytest.approx(interval.high - 0.7)
     assert second.verdict == "no difference"
     assert "1 diverged" in format_table([first, second], "base")
+
+
+def test_no_verdict_where_the_pairs_do_not_vary_and_their_number_is_said():
+    lines = summarize(records({"ste": {0: 90.0, 1: 91.0}, "lsq": {0: 90.5, 1: 91.5, 2: 80.0}}), "ste")
+    assert lines[1].verdict == ""
+    assert "(2 pairs)" in format_table(lines, "ste")
+
+
+def a_run(tmp_path):
+    return grid.make_runs(RECIPE, [], [grid.Arm("x", ())], [0])[0]
+
+
+def test_runs_of_another_float_network_are_refused(tmp_path):
+    run, first, second = a_run(tmp_path), tmp_path / "a", tmp_path / "b"
+    first.write_bytes(b"a")
+    second.write_bytes(b"b")
+    RunDir(run.directory(tmp_path)).create(run.experiment, None, first)
+    record.require_same_start([run], tmp_path, first)
+    with pytest.raises(ConfigError, match="another float network"):
+        record.require_same_start([run], tmp_path, second)
+    with pytest.raises(ConfigError, match="another float network"):
+        record.require_same_start([run], tmp_path, None)
+
+
+def test_a_record_keeps_one_line_a_run_and_a_float_network(tmp_path):
+    path = tmp_path / "r.jsonl"
+    run = a_run(tmp_path)
+    lines = [Record(run, "done", environment={"init_sha256": sha}) for sha in (None, "a")]
+    assert record.append_lines(lines[:1], path) == (1, 0)
+    assert record.append_lines(lines, path) == (1, 1)
+    with path.open("a") as file:
+        file.write('{"config_hash": "cut o')  # a crash
+    other = Record(run, "diverged", environment={"init_sha256": "b"})
+    assert record.append_lines([*lines, other], path) == (1, 2)
+    assert record.read_keys(path) == {line.key for line in [*lines, other]}
+    assert len(path.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}\n', "[]\n", '{"config_hash"\n{}\n'])
+def test_a_record_that_is_none_is_refused_before_the_runs(content, tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text(content)
+    done = subprocess.run(command(tmp_path / "out", "--record", str(path)), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "line 1 of" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_single_seed_has_no_interval():

@@ -82,9 +82,24 @@ def test_changing_the_data_set_keeps_the_other_data_settings() -> None:
 
 @pytest.mark.parametrize("assignment", ["method=lsq", "method.name=lsq", 'method={"name": "lsq"}'])
 def test_another_method_replaces_the_old_one_whole(assignment: str) -> None:
-    experiment = override(get_recipe(DIGITS), ["method.noise=gaussian", assignment])
+    start = override(get_recipe(DIGITS), ["method.noise=gaussian"])
+    experiment = override(start, [assignment])
     assert experiment.method == get_method("lsq")
     assert set(to_dict(experiment.method)) == {"name"}
+    with pytest.raises(ConfigError, match="method.noise=gaussian is undone by"):
+        override(get_recipe(DIGITS), ["method.noise=gaussian", assignment])
+
+
+def test_the_method_that_is_there_already_keeps_its_settings() -> None:
+    start = override(get_recipe(DIGITS), ["method.noise=gaussian"])
+    for assignment in ("method=tempering", "method.name=tempering"):
+        assert override(start, [assignment]) == start
+
+
+def test_shorthands() -> None:
+    changed = override(get_recipe(DIGITS), ["bits=W3A5", "train.optim.lr=.05"])
+    assert (changed.policy.weight, changed.policy.activation) == (3, 5)
+    assert changed.train.optim.lr == 0.05
 
 
 def test_a_replaced_method_has_its_own_fields_and_not_the_old_ones() -> None:

@@ -330,6 +330,15 @@ def test_resume_needs_a_directory_and_a_checkpoint(data: ImageData, tmp_path: Pa
         train(model_for(None), data, config(), out=tmp_path, resume=True)
 
 
+def test_a_new_training_does_not_take_over_a_used_directory(data: ImageData, tmp_path: Path) -> None:
+    """Its checkpoints would be older than those there, and go; what is resumed would be the other's."""
+    train(model_for(None), data, config(epochs=2), out=tmp_path)
+    before = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    with pytest.raises(CheckpointError, match="holds the checkpoints of a training"):
+        train(model_for(None), data, config(epochs=1), out=tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before
+
+
 def test_a_resumed_training_passes_over_a_damaged_checkpoint(
     data: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str], uninterrupted: dict[str, Any]
 ) -> None:
@@ -359,7 +368,7 @@ def test_a_checkpoint_loads_into_a_model_alone(data: ImageData, tmp_path: Path) 
     trained = model_for("tempering")
     train(trained, data, config(epochs=1), out=tmp_path)
     model = prepare(float_model(seed=5), "tempering", BitPolicy(2, 2))
-    assert load_model(tmp_path / "checkpoints", model) == []
+    assert load_model(tmp_path / "checkpoints", model)[1] == []
     assert_same_bits(weights(model), weights(trained))
     assert evaluate(model, source(data)) == evaluate(trained, source(data))
 

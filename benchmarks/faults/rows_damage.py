@@ -61,7 +61,7 @@ def newest(run: Path) -> Path:
 
 def previous_is_used(run: Path, model: torch.nn.Module, previous: dict[str, torch.Tensor]) -> bool:
     """Whether loading says that the newest is damaged and takes the one before."""
-    messages = load_model(run / "checkpoints", model)
+    _, messages = load_model(run / "checkpoints", model)
     own = model.state_dict()
     said = len(messages) == 1 and messages[0].startswith(f"{newest(run).name} is damaged")
     return said and all(torch.equal(own[key], value) for key, value in previous.items())

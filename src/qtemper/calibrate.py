@@ -62,6 +62,8 @@ def calibrate(
         raise ValueError(f"unknown observer {observer!r}; use one of {', '.join(OBSERVERS)}.")
     if not any(True for _ in quantizers(model)):
         raise ValueError("the model has no quantizers; call qtemper.prepare(model, method, policy) first.")
+    if isinstance(batches, Tensor):
+        raise CalibrationError("batches is one tensor; pass a list of batches: [x].")
     run = forward or _default_forward
     if batch_norm:
         batches = list(batches)
@@ -77,30 +79,50 @@ def calibrate(
 def reestimate_batch_norm(
     model: nn.Module, batches: Iterable[Any], *, forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> None:
-    """Replace batch-norm running statistics by the plain average over `batches` in the quantized network.
+    """Replace batch-norm running statistics by the average over `batches`, by their sizes, in the quantized network.
 
     Only batch-norm layers run in training mode meanwhile; everything else, noise included, in eval mode.
 
     Raises:
-        CalibrationError: no batches; the statistics stay as they were.
+        CalibrationError: no batches, or one of a single value per channel; the statistics stay as they were.
     """
     run = forward or _default_forward
+    if isinstance(batches, Tensor):
+        raise CalibrationError("batches is one tensor; pass a list of batches: [x].")
     batches = list(batches)
     if not batches:
         raise CalibrationError("reestimate_batch_norm got no batches; pass at least one (a consumed iterator?).")
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
+    before = [({name: tensor.clone() for name, tensor in norm.named_buffers()}, norm.momentum) for norm in norms]
+    seen = dict.fromkeys(norms, 0)
+
+    def weigh(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        count = inputs[0].numel() // inputs[0].shape[1]
+        seen[norm] += count
+        norm.momentum = count / max(1, seen[norm])
+
+    hooks = [norm.register_forward_pre_hook(weigh) for norm in norms]
+    done = False
     with eval_mode(model), torch.no_grad():
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # torch's word for a cumulative average
             norm.train()
         try:
             for batch in batches:
                 run(model, _to_device(batch, model))
+            done = True
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise CalibrationError(f"a batch is too small for batch norm ({error}); leave it out.") from error
         finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
+            for hook in hooks:
+                hook.remove()
+            for norm, (buffers, momentum) in zip(norms, before, strict=True):
                 norm.momentum = momentum
+                if not done:
+                    norm.load_state_dict(buffers, strict=False)
 
 
 def _default_forward(model: nn.Module, batch: Any) -> Any:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -157,18 +158,30 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 def override(experiment: Experiment, assignments: list[str]) -> Experiment:
     """Apply `path=value` assignments, in order.
 
-    Values are JSON where that parses, otherwise text. Assigning a method or schedule by name
-    (`method=lsq`, `train.optim.schedule=constant`) replaces it whole, with that one's defaults.
+    Values are JSON where that parses, otherwise text. Assigning another method or schedule by name (`method=lsq`,
+    `train.optim.schedule=constant`) replaces it whole, with that one's defaults; the name that is there already changes
+    nothing. `bits=W2A2` stands for the policy's two bit widths.
 
     Raises:
-        ConfigError: not of that form, an unknown path (with the nearest one), or a value of the wrong kind.
+        ConfigError: not of that form, an unknown path (with the nearest one), a value of the wrong kind, or an
+            assignment that a later one undoes.
     """
     data = to_dict(experiment)
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
+    earlier: list[tuple[str, str]] = []
+    for assignment in expand(assignments):
+        path, equals, text = (part.strip() for part in assignment.partition("="))
         if not equals or not path:
             raise ConfigError(f"cannot read {assignment!r}; write --set field.path=value.")
-        _assign(data, path.strip(), _parse(text.strip()))
+        if _named(data, path.removesuffix(".name")):
+            path = path.removesuffix(".name")
+        value = _parse(text)
+        if value in _named(data, path):
+            continue
+        undone = next((other for inside, other in earlier if inside.startswith(path + ".")), None)
+        if undone is not None:
+            raise ConfigError(f"{undone} is undone by {assignment} after it; write it behind that.")
+        earlier.append((path, assignment))
+        _assign(data, path, value)
         # A method or schedule set by its name has fields that later assignments reach. What is wrong may be put
         # right by them.
         with contextlib.suppress(ConfigError):
@@ -176,11 +189,39 @@ def override(experiment: Experiment, assignments: list[str]) -> Experiment:
     return from_dict(data)
 
 
+def expand(assignments: list[str]) -> list[str]:
+    """Assignments in which `bits=W2A2` has become the policy's two bit widths.
+
+    Raises:
+        ConfigError: bits that cannot be read.
+    """
+    expanded = []
+    for assignment in assignments:
+        path, _, value = (part.strip() for part in assignment.partition("="))
+        if path == "bits":
+            policy = BitPolicy.parse(value)
+            expanded += [f"policy.weight={policy.weight}", f"policy.activation={policy.activation}"]
+        else:
+            expanded.append(assignment)
+    return expanded
+
+
 def _parse(text: str) -> Any:
+    if re.fullmatch(r"[+-]?(\d+\.|\.\d+)([eE][+-]?\d+)?", text):  # no JSON
+        return float(text)
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return {"None": None, "True": True, "False": False}.get(text, text)
+
+
+def _named(data: dict[str, Any], path: str) -> list[Any]:
+    """The name of the method or schedule that lies at a path; empty where none does."""
+    node: Any = data
+    for part in path.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    found = node.get("name") if isinstance(node, dict) else None
+    return [found] if found in {*methods.available(), *_SCHEDULES} else []
 
 
 def _assign(data: dict[str, Any], path: str, value: Any) -> None:
@@ -192,9 +233,6 @@ def _assign(data: dict[str, Any], path: str, value: Any) -> None:
         known = set(flatten(data))
         known |= {".".join(k.split(".")[:i]) for k in known for i in range(1, k.count(".") + 1)}
         raise ConfigError(f"unknown field {path!r}; {nearest(path, known)}")
-    if leaf == "name" and node["name"] in {*methods.available(), *_SCHEDULES} and node["name"] != value:
-        # Another method or schedule: the old one's settings mean nothing to it.
-        node.clear()
     node[leaf] = value
 
 

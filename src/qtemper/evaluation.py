@@ -13,7 +13,7 @@ from torch import nn
 
 from qtemper.config import Experiment
 from qtemper.data import Source, open_source
-from qtemper.errors import CheckpointError
+from qtemper.errors import CheckpointError, ConfigError
 from qtemper.models import build
 from qtemper.policy import FLOAT_BITS
 from qtemper.prepare import prepare
@@ -48,8 +48,8 @@ def load_run(run: RunDir) -> tuple[Experiment, nn.Module]:
     if run.final.exists():
         load_strictly(model, read_safetensors(run.final), run.final)
     else:
-        for line in load_model(run.checkpoints, model):
-            print(line, file=sys.stderr)
+        path, lines = load_model(run.checkpoints, model)
+        print(*lines, f"{run.path} has not finished its training: this is its {path.name}.", sep="\n", file=sys.stderr)
     return experiment, model
 
 
@@ -65,12 +65,15 @@ def evaluate_run(
         batch_norm: for `at_bits`.
     """
     experiment, model = load_run(run)
+    if batch_norm and not bits:
+        raise ConfigError("--batch-norm re-estimates statistics at other bits: name them with --bits.")
     for text in bits:
         experiment.policy.at(text)  # what cannot be read shows now
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = open_source(experiment.data, data or run.data_directory(), device)
     model.to(device)
     result = {"run": str(run.path), "recipe": experiment.name, **run.read_result(), "top1": evaluate(model, source)}
+    result["finished"] = run.final.exists()
     if bits:
         others = (at_bits(experiment, model, source, text, batch_norm=batch_norm) for text in bits)
         result["top1_at"] = {text: evaluate(other, source) for text, other in zip(bits, others, strict=True)}

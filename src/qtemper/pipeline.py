@@ -117,7 +117,7 @@ def _run(
     with run.lock() if first else contextlib.nullcontext():
         if first:
             if not resume:
-                run.create(experiment, data)
+                run.create(experiment, data, start.init)
             print(f"run directory: {run.path}")
         fabric.barrier()
         stages = []

@@ -50,6 +50,10 @@ class Rule:
 
     def __post_init__(self) -> None:
         check_choices(self, f"Rule({self.pattern!r})")
+        if all(getattr(self, field.name) is None for field in dataclasses.fields(self) if field.name != "pattern"):
+            raise ConfigError(
+                f"Rule({self.pattern!r}) changes nothing; give it bits, as in Rule({self.pattern!r}, weight=8)."
+            )
 
 
 @dataclass(frozen=True)
@@ -202,6 +206,8 @@ def make_plan(model: nn.Module, policy: BitPolicy | str, method: Method | str | 
         ValueError: bits out of range.
     """
     policy = BitPolicy.parse(policy) if isinstance(policy, str) else policy
+    if not isinstance(policy, BitPolicy):
+        raise ConfigError(f"policy must be text such as 'W4A4', a BitPolicy or a Plan, got {policy!r:.80}.")
     method = get_method(method) if isinstance(method, str) else method
     names = [name for name, module in model.named_modules() if isinstance(module, layers.QUANTIZABLE)]
     refused = {name: why for name, module in model.named_modules() if (why := _refusal(module))}
@@ -281,5 +287,5 @@ def _refusal(module: nn.Module) -> str | None:
         if parametrize.is_parametrized(module, "weight"):
             return "its weight is parametrized; call parametrize.remove_parametrizations(layer, 'weight') first"
         if any("weight_g" in key or "weight_orig" in key for key in module._parameters):
-            return "its weight is recomputed by a hook (weight_norm or spectral_norm); remove that first"
+            return "its weight is recomputed by a hook (weight_norm, spectral_norm or pruning); remove that first"
     return None

@@ -38,6 +38,8 @@ def prepare(model: nn.Module, method: Method | str, policy: BitPolicy | Plan | s
         ValueError: weights that are not finite.
     """
     method = get_method(method) if isinstance(method, str) else method
+    if not isinstance(method, Method):
+        raise ConfigError(f"method must be a name or an instance such as get_method('lsq'), got {method!r:.80}.")
     plan = policy if isinstance(policy, Plan) else make_plan(model, policy, method)
     by_layer: dict[str, dict[str, Row]] = {}
     for row in plan:

@@ -1,4 +1,4 @@
-"""RunDir: everything that commands exchange on disk, and the environment a number comes from."""
+"""RunDir: everything that commands exchange on disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import nn
 from qtemper.config import Experiment, from_json, to_dict, to_json
 from qtemper.environment import environment
 from qtemper.errors import CheckpointError, ConfigError
-from qtemper.train.files import write_atomically
+from qtemper.train.files import digest, write_atomically
 from qtemper.train.snapshot import differences, shorten
 from qtemper.train.weights import save_tensors
 
@@ -37,7 +37,7 @@ class RunDir:
     | file | content |
     |---|---|
     | `config.json` | the experiment |
-    | `environment.json` | versions, CPU flags or GPU, commit, seed, data directory |
+    | `environment.json` | versions, CPU flags or GPU, commit, seed, data directory, sha256 of the float checkpoint |
     | `metrics.jsonl` | one JSON object every few steps and one an epoch |
     | `float.safetensors` | the float network that quantization started from |
     | `checkpoints/` | see `qtemper.train.state` |
@@ -65,24 +65,37 @@ class RunDir:
             raise CheckpointError(f"{path} is no run directory (it has no config.json); give the path `train` printed.")
         return cls(path)
 
-    def create(self, experiment: Experiment, data: Path | None) -> None:
+    def create(self, experiment: Experiment, data: Path | None, init: Path | None = None) -> None:
         """Make the directory and write configuration and environment.
+
+        Args:
+            experiment: what the run does.
+            data: the data set's directory.
+            init: the float checkpoint that it starts from.
 
         Raises:
             CheckpointError: the directory has content already, or cannot be written.
         """
-        self._make()
+        self.make()
         # A creation that was killed left no config.json, which is written last: nothing of a run is lost.
         left = {".lock", ".tmp-environment.json", "environment.json", ".tmp-config.json"}
         if any(path.name not in left for path in self.path.iterdir()):
             raise CheckpointError(
                 f"{self.path} is not empty; choose another --out, or continue that run with --resume."
             )
-        record = environment(experiment.seed) | {"data": None if data is None else str(data.resolve())}
+        record = environment(experiment.seed) | {
+            "data": None if data is None else str(data.resolve()),
+            "init_sha256": None if init is None else digest(init),
+        }
         write_atomically(self.path / "environment.json", (json.dumps(record, indent=2) + "\n").encode())
         write_atomically(self.path / "config.json", to_json(experiment).encode())
 
-    def _make(self) -> None:
+    def make(self) -> None:
+        """Make the directory if it is not there.
+
+        Raises:
+            CheckpointError: it cannot be made, or is a file.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"{self.path} is not a directory; choose another --out.")
         try:
@@ -102,7 +115,7 @@ class RunDir:
         Raises:
             CheckpointError: another process trains into this directory, or it cannot be written.
         """
-        self._make()
+        self.make()
         if not CAN_LOCK:
             yield
             return

@@ -70,7 +70,8 @@ class _Runs:
 class Compare(_Runs):
     """Run a grid of methods, bits, settings and seeds under one recipe; print and write its table.
 
-    The same command goes on where it stopped. The first seed of every arm runs before the second of any.
+    The same command goes on where it stopped. The first seed of every arm runs before the second of any. A run that
+    diverged is a result; one that failed ends the command with exit code 1.
 
     Attributes:
         vary: an axis, path=value,value (`bits=W2A2,W1A1` for the policy); several make a product.
@@ -92,6 +93,7 @@ class Compare(_Runs):
         """Do it."""
         from qtemper.compare import grid, record, report, schedule
         from qtemper.data.images import optional_module
+        from qtemper.run import RunDir
 
         optional_module("scipy.stats", "compare")  # before the runs, not at the table after them
         more = [] if self.arms_from is None else grid.read_arms(self.arms_from)
@@ -102,12 +104,14 @@ class Compare(_Runs):
                 f"--baseline {self.baseline!r} is no arm; {nearest(self.baseline, [a.label for a in arms])}"
             )
         self._check()
+        if self.record is not None:
+            record.read_keys(self.record)  # before the runs, not after them
         finished = True
         if not self.status:
+            RunDir(self.out).make()
+            record.require_same_start(runs, self.out, self.init)
             finished = _until_signal(lambda: schedule.run_all(runs, self._pool(), self.stop_after))
         records = [record.read(run, self.out) for run in runs]
-        if self.record is not None:
-            record.append_lines(records, self.record)
         if self.status:
             print(report.status(records, self.jobs))
         else:
@@ -115,6 +119,11 @@ class Compare(_Runs):
         print(report.table(records, self.baseline))
         if not finished:
             print(report.goes_on(records))
+        if self.record is not None:
+            added, there = record.append_lines(records, self.record)
+            print(f"{added} runs added to {self.record}, {there} were there")
+        if any(r.state == "failed" for r in records):
+            sys.exit(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +150,7 @@ class Sweep(_Runs):
 
     def run(self) -> None:
         """Do it."""
-        from qtemper.compare import report, schedule, search, sweep
+        from qtemper.compare import record, report, schedule, search, sweep
         from qtemper.data.images import optional_module
         from qtemper.run import RunDir
 
@@ -160,6 +169,7 @@ class Sweep(_Runs):
         pool = self._pool()
         with RunDir(self.out).lock():  # two commands would continue each other's trials
             study = sweep.Sweep(plan, self.out)
+            record.require_same_start([r.run for r in study.records().values()], self.out, self.init)
             study.prepare()
             finished = _until_signal(lambda: schedule.drive(pool, lambda: study.turn(pool), self.stop_after))
             records = study.records()

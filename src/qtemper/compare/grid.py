@@ -6,15 +6,18 @@ import hashlib
 import itertools
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtemper.config import Experiment, override, to_dict
+from qtemper.config import Experiment, expand, override, to_dict
 from qtemper.errors import ConfigError
-from qtemper.policy import BitPolicy
 from qtemper.recipes import get_recipe
 
 ASSIGNMENTS_SEPARATOR = ";"
+
+OUTSIDE_BRACKETS = r",(?![^\[{]*[\]}])"
+"""A comma that separates values, and not those of a list."""
 
 YOUNGER = {("data", "held_out"): 0}
 """Settings that came after the first comparisons, which go on: at this default they do not enter a run's hash."""
@@ -84,7 +87,7 @@ def make_arms(vary: list[str], arms: list[str]) -> list[Arm]:
         path, equals, values = axis.partition("=")
         if not equals or not path.strip() or not values.strip():
             raise ConfigError(f"cannot read {axis!r}; write --vary path=value,value.")
-        axes.append([f"{path.strip()}={value.strip()}" for value in values.split(",")])
+        axes.append([f"{path.strip()}={value.strip()}" for value in re.split(OUTSIDE_BRACKETS, values)])
     found = [Arm(" ".join(choice), tuple(choice)) for choice in itertools.product(*axes)] if axes else []
     for text in arms:
         label, colon, rest = text.partition(":")
@@ -97,7 +100,7 @@ def make_arms(vary: list[str], arms: list[str]) -> list[Arm]:
     for label in labels:
         if labels.count(label) > 1:
             raise ConfigError(f"two arms are called {label!r}; give each its own label.")
-    return [Arm(arm.label, tuple(expand(arm.assignments))) for arm in found]
+    return [Arm(arm.label, tuple(settings(arm.assignments))) for arm in found]
 
 
 def read_arms(path: Path) -> list[str]:
@@ -117,23 +120,17 @@ def read_arms(path: Path) -> list[str]:
     return found
 
 
-def expand(assignments: tuple[str, ...]) -> list[str]:
-    """Assignments for `config.override`, in which `bits=W2A2` has become the policy's two bit widths.
+def settings(assignments: Iterable[str]) -> list[str]:
+    """Assignments for `config.override`.
 
     Raises:
         ConfigError: bits that cannot be read, or a seed, which is not a setting here.
     """
-    expanded = []
-    for assignment in assignments:
-        path, _, value = (part.strip() for part in assignment.partition("="))
-        if path == "seed":
+    found = expand(list(assignments))
+    for assignment in found:
+        if assignment.partition("=")[0].strip() == "seed":
             raise ConfigError(f"{assignment!r} would be overwritten; give seeds with --seeds, a sweep's with --seed.")
-        if path == "bits":
-            policy = BitPolicy.parse(value)
-            expanded += [f"policy.weight={policy.weight}", f"policy.activation={policy.activation}"]
-        else:
-            expanded.append(assignment)
-    return expanded
+    return found
 
 
 def make_runs(recipe: str, common: list[str], arms: list[Arm], seeds: list[int]) -> list[Run]:
@@ -148,7 +145,7 @@ def make_runs(recipe: str, common: list[str], arms: list[Arm], seeds: list[int])
     runs = []
     for seed in seeds:
         for arm in arms:
-            full = Arm(arm.label, (*expand(tuple(common)), *arm.assignments))
+            full = Arm(arm.label, (*settings(common), *arm.assignments))
             try:
                 runs.append(Run(full, seed, recipe, override(start, [*full.assignments, f"seed={seed}"])))
             except ConfigError as error:

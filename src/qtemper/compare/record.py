@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from qtemper.compare.grid import Run
-from qtemper.train.files import write_atomically
+from qtemper.errors import ConfigError
+from qtemper.train.files import digest, write_atomically
 
 State = Literal["waiting", "started", "done", "diverged", "failed", "pruned"]
+
+
+Key = tuple[str, str, str | None]
+"""Configuration, arm and float network: what tells two lines of a record apart."""
 
 
 def outcome_path(run: Run, root: Path) -> Path:
@@ -48,6 +54,11 @@ class Record:
         return self.state not in ("waiting", "started")
 
     @property
+    def key(self) -> Key:
+        """What tells its line apart."""
+        return self.run.config_hash, self.run.arm.label, self.environment.get("init_sha256")
+
+    @property
     def progress(self) -> float:
         """Finished part of the training, 0 to 1."""
         done = self.stage_epochs + len(self.epochs)
@@ -56,7 +67,7 @@ class Record:
     def line(self) -> dict[str, Any]:
         """The run as plain data for a line of JSON."""
         last = self.epochs[-1] if self.epochs else {}
-        keys = ("torch", "cpu_flags", "threads", "gpu", "commit")
+        keys = ("torch", "cpu_flags", "threads", "gpu", "commit", "init_sha256")
         return {
             "config_hash": self.run.config_hash,
             "recipe": self.run.recipe,
@@ -109,22 +120,71 @@ def note(run: Run, root: Path, *, state: State, seconds: float, message: str = "
     write_atomically(path, (json.dumps(data) + "\n").encode())
 
 
-def append_lines(records: list[Record], path: Path) -> int:
-    """Add the ended runs to a file of JSON lines, each once; returns how many were new."""
-    known = set()
-    lines = path.read_text().splitlines() if path.exists() else []
-    for line in lines:
-        data = json.loads(line)
-        known.add((data["config_hash"], data["arm"]))
-    fresh = [
-        record.line()
-        for record in records
-        if record.state in ("done", "diverged") and (record.run.config_hash, record.run.arm.label) not in known
-    ]
+def require_same_start(runs: list[Run], root: Path, init: Path | None) -> None:
+    """Refuse to go on with runs that began from another float network.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
+    wanted = None if init is None or not init.is_file() else digest(init)
+    for run in runs:
+        directory = run.directory(root)
+        there = _json(directory / "environment.json").get("init_sha256", wanted)  # older runs do not say
+        if there != wanted:
+            raise ConfigError(
+                f"{directory} was started from another float network than --init {init}; give that one, or choose "
+                "another --out."
+            )
+
+
+def read_keys(path: Path) -> set[Key]:
+    """The runs that a file of JSON lines holds; a last line that was cut off does not count.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    try:
+        text = path.read_text() if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}; give --record a file of JSON lines.") from None
+    known, lines = set(), text.splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            data = json.loads(line)
+            known.add((str(data["config_hash"]), str(data["arm"]), data.get("init_sha256")))
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines) and not text.endswith("\n"):
+                continue
+            raise ConfigError(f"line {number} of {path} is no run; give --record another file, or mend it.") from None
+    return known
+
+
+def append_lines(records: list[Record], path: Path) -> tuple[int, int]:
+    """Add the ended runs to a file of JSON lines, each once.
+
+    Returns:
+        How many were added, and how many were there already.
+
+    Raises:
+        ConfigError: the file cannot be read or written, or holds something else.
+    """
+    known = read_keys(path)
+    ended = [record for record in records if record.state in ("done", "diverged")]
+    fresh = [record.line() for record in ended if record.key not in known]
     if fresh:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, "".join(line + "\n" for line in [*lines, *map(json.dumps, fresh)]).encode())
-    return len(fresh)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            there = path.read_bytes() if path.exists() else b""
+            tail = there[there.rfind(b"\n") + 1 :]
+            if tail and not tail.endswith(b"}"):  # cut off by a crash
+                os.truncate(path, len(there) - len(tail))
+                tail = b""
+            # One write at the end, so that two commands may record into one file.
+            with path.open("a") as file:
+                file.write(("\n" if tail else "") + "".join(json.dumps(line) + "\n" for line in fresh))
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror or error}.") from None
+    return len(fresh), len(ended) - len(fresh)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qtemper.compare.grid import Arm, Run, expand
+from qtemper.compare.grid import Arm, Run, settings
 from qtemper.compare.record import Record, read
 from qtemper.compare.schedule import Pool
 from qtemper.compare.search import Axis, Choice, spread
@@ -58,7 +58,7 @@ class Plan:
             ConfigError: a value does not fit the recipe.
         """
         chosen = tuple(f"{axis.path}={value}" for axis, value in zip(self.axes, values, strict=True))
-        assignments = (*self.assignments, *expand(chosen))
+        assignments = (*self.assignments, *settings(chosen))
         experiment = override(get_recipe(self.recipe), [*assignments, f"seed={self.seed}"])
         return Run(Arm(" ".join(chosen), assignments), self.seed, self.recipe, experiment)
 
@@ -72,7 +72,7 @@ def make_plan(
         ConfigError: an unknown recipe or field, a value that does not fit, or a data set that can hold none out, unless
             the assignments say `data.held_out=0`.
     """
-    assignments = expand(tuple(assignments))
+    assignments = settings(assignments)
     start = override(get_recipe(recipe), assignments)
     if not any(text.partition("=")[0].strip() == "data.held_out" for text in assignments) and not start.data.held_out:
         if start.data.name not in HELD_OUT:

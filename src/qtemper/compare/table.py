@@ -40,8 +40,8 @@ class Line:
 
     @property
     def verdict(self) -> str:
-        """Whether the difference is one."""
-        if math.isnan(self.half_width):
+        """Whether the difference is one; nothing where the pairs do not say how much they vary."""
+        if math.isnan(self.half_width) or self.half_width == 0:
             return ""
         if abs(self.difference) <= self.half_width:
             return "no difference"
@@ -105,6 +105,8 @@ def format_table(lines: list[Line], baseline: str | None) -> str:
         if baseline:
             low, high = line.difference - line.half_width, line.difference + line.half_width
             interval = "" if math.isnan(low) else f"{low:+.2f} .. {high:+.2f}"
+            if 0 < line.pairs < line.count:
+                interval += f" ({line.pairs} pairs)"
             row += ["" if math.isnan(line.difference) else f"{line.difference:+.2f}", interval, line.verdict]
         rows.append(row)
     return markdown(head, rows)

@@ -134,15 +134,20 @@ def folder_sources(root: Path) -> tuple[FileSource, FileSource, tuple[str, ...]]
             f"{root} does not hold images: put them into {root / 'train'} and {test}, one folder per class, "
             "or list them in labels.csv."
         )
+    if not train.is_dir() and test != root:
+        other = [path.name for path in root.iterdir() if path.is_dir() and path.name.lower().startswith("train")]
+        if other:
+            raise DataError(f"{root} has {other[0]} and no folder train; rename it.")
     train = train if train.is_dir() else test
     if (train / "labels.csv").is_file() or (test / "labels.csv").is_file():
         known = _sorted_folders(train) if not (train / "labels.csv").is_file() else None
         classes = class_names(root, known)
     else:
         classes = _sorted_folders(train)
-    parts = [_files(part, classes) for part in (train, test)]
-    classes = numbered_classes(classes, [label for part in parts for _, label in part.files])
-    return parts[0], parts[1], classes
+    tested = _files(test, classes)
+    trained = tested if train == test else _files(train, classes)
+    classes = numbered_classes(classes, [label for part in (trained, tested) for _, label in part.files])
+    return trained, tested, classes
 
 
 def class_names(root: Path, default: tuple[str, ...] | None = None) -> tuple[str, ...]:

@@ -113,6 +113,8 @@ class ImageFiles:
             raise ValueError(
                 f"batch_size {batch_size} is more than the {self.train_size} images: no batch is full; lower it."
             )
+        if self.train is self.test:
+            warnings.warn("there is no folder train: the network trains on its test images.", stacklevel=2)
         num_steps = self.train_size // batch_size
         if not 0 <= first_step <= num_steps:
             raise ValueError(f"first_step must be 0 to {num_steps} (batches per epoch), got {first_step}.")

@@ -160,11 +160,15 @@ def load_checkpoint(directory: Path, state: TrainState) -> list[str]:
     return messages
 
 
-def load_model(directory: Path, model: nn.Module) -> list[str]:
-    """Load the model alone from the newest sound checkpoint under `directory`; otherwise as `load_checkpoint`."""
+def load_model(directory: Path, model: nn.Module) -> tuple[Path, list[str]]:
+    """Load the model alone from the newest sound checkpoint under `directory`; otherwise as `load_checkpoint`.
+
+    Returns:
+        The checkpoint, and lines about damaged ones that were skipped.
+    """
     path, skipped = _newest_sound(directory, model)
     load_strictly(model, read_safetensors(path / "model.safetensors"), path / "model.safetensors")
-    return skipped
+    return path, skipped
 
 
 def _malformed(path: Path, error: BaseException) -> CheckpointError:
