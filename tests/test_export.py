@@ -162,8 +162,140 @@ def test_awkward_models_are_lowered_to_what_they_compute(tmp_path):
         assert (integer_model(model, x)(x) - model(x)).abs().max() < 0.08 * model(x).abs().max()
     report = export_and_verify(model, x, tmp_path / "m.onnx", rounds=0)
     assert report.in_float == []
-    with pytest.raises(ExportError, match="batch of one"):
+    with pytest.raises(ExportError, match="fewer than two"):
         export_onnx(model, x[:1], tmp_path / "n.onnx")
+
+
+class Between(nn.Module):
+    """Two convolutions with something between them."""
+
+    def __init__(self, something):
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.between = something
+        self.b = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        y = self.b(self.between(self.a(x))).relu()
+        return self.fc(nn.functional.adaptive_avg_pool2d(y, 1).flatten(1))
+
+
+def between(something, policy=None):
+    torch.manual_seed(0)
+    return prepared(Between(something), policy or BitPolicy(7, 7, "same"), images(8))
+
+
+def shuffle(y):
+    n, c, h, w = y.shape
+    return y.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+
+
+def in_place(y):
+    y = y + 0
+    y += y * 0.5
+    return y.relu_()
+
+
+@pytest.mark.parametrize(
+    "something",
+    [
+        shuffle,
+        in_place,
+        nn.SiLU(),
+        lambda y: nn.functional.avg_pool2d(y, 3, 2, ceil_mode=True),
+        lambda y: nn.functional.conv2d(y, torch.ones(8, 1, 3, 3) / 9, groups=8, padding=1),
+        lambda y: nn.functional.pad(y, (-1, -1, -1, -1)),
+    ],
+    ids=["shuffle", "in place", "silu", "average ceil", "constant filter", "crop"],
+)
+def test_float_operators_between_codes_leave_them_exact(something, tmp_path):
+    """A runtime must not quantize what stands between, its weights for instance."""
+    model = between(something)
+    report = export_and_verify(model, images(8), tmp_path / "m.onnx", rounds=0)
+    assert report.kernels == (3, 3)
+    (count,) = [c for c in report.counts if c.inputs == "the trained model"]
+    with torch.no_grad():
+        assert count.largest < 0.02 * float(model(images(8)).abs().max())
+
+
+def test_a_layer_with_float_weights_leaves_the_others_exact(tmp_path):
+    model = between(nn.ReLU(), BitPolicy(8, 8, "same", (Rule("b", weight=32), Rule("[ac]*", weight_levels="signed"))))
+    report = export_and_verify(model, images(8), tmp_path / "m.onnx", rounds=0)
+    assert report.kernels == (2, 2)
+
+
+def change_view(y):
+    y[:, :4].relu_()
+    return y
+
+
+def change_base(y):
+    view = y[:, :4]
+    y.relu_()
+    return torch.cat([view, y[:, 4:]], 1)
+
+
+@pytest.mark.parametrize("something", [change_view, change_base])
+def test_changes_of_views_are_refused(something):
+    with pytest.raises(ExportError, match="changes a view"):
+        integer_model(between(something), images(8))
+
+
+def test_values_that_are_added_to_in_place_get_the_scale_that_they_have():
+    """A branch far below zero, a sum above it: fitted to the sum, the branch would be clipped."""
+    scales = []
+    for spelled in (lambda y, z: (y + z).relu(), lambda y, z: y.add_(z).relu_()):
+
+        class Residual(Between):
+            def forward(self, x, spelled=spelled):
+                y = self.a(x)
+                z = spelled(self.b(y) - 0, y)
+                return self.fc(nn.functional.adaptive_avg_pool2d(z, 1).flatten(1))
+
+        torch.manual_seed(0)
+        model = Residual(None)
+        model.a.bias.data += 6
+        model.b.bias.data -= 6
+        model = prepared(model, BitPolicy(8, 8, "same", (Rule("*", weight_levels="signed"),)), images(8))
+        integers = integer_model(model, images(8))
+        with torch.no_grad():
+            found, expected = integers(images(8)), model(images(8))
+        scales.append(float((found - expected).abs().max() / expected.std()))
+    assert scales[1] == pytest.approx(scales[0], rel=1e-3)
+
+
+def test_a_forward_that_fixes_the_batch_is_refused():
+    with pytest.raises(ExportError, match="fixes the batch to 8"):
+        integer_model(between(lambda y: y.view(8, 8, 16, 16)), images(8))
+
+
+def test_what_cannot_be_right_is_one_clear_error(tmp_path):
+    model, x = between(nn.ReLU()), images(8)
+    for wrong, says in (
+        (x.double(), "does not run on the example"),
+        (x[:, :2], "does not run on the example"),
+        (x * torch.nan, "the example has NaN"),
+    ):
+        with pytest.raises(ExportError, match=says):
+            integer_model(model, wrong)
+    with pytest.raises(ExportError, match="rounds must be"):
+        export_and_verify(model, x, tmp_path / "m.onnx", rounds=1)
+    with pytest.raises(ExportError, match="is a directory"):
+        export_and_verify(model, x, tmp_path, rounds=0)
+    with pytest.raises(ExportError, match=r"model\._orig_mod"):
+        integer_model(torch.compile(model), x)
+    with pytest.raises(qtemper.NotCalibratedError):
+        integer_model(qtemper.prepare(Between(nn.ReLU()), "lsq", BitPolicy(4, 4, "same")), x)
+    save_quantized(model, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="freshly built"):
+        load_quantized(tmp_path / "m.safetensors", model)
+    model.b.act_quantizer.enabled = False
+    with pytest.raises(ExportError, match="b.act_quantizer is switched off"):
+        convert(model)
+    model.fc.latent_weight.data[0, 0] = torch.nan
+    with pytest.raises(ExportError, match="fc.weight has NaN"):
+        convert(model)
 
 
 def test_linear_layers_on_sequences(tmp_path):

@@ -42,7 +42,7 @@ class Rule:
     pattern: str
     weight: int | None = None
     activation: int | None = None
-    weight_levels: Levels | Literal["auto"] | None = None
+    weight_levels: Literal["signed", "symmetric", "auto"] | None = None
     activation_levels: Levels | Literal["auto"] | None = None
     weight_granularity: Granularity | None = None
     activation_granularity: Granularity | None = None

@@ -50,7 +50,7 @@ def is_move(node: fx.Node) -> bool:
         mode_at = 2 if node.target is aten.pad.default else None
         constant = mode_at is None or argument(node, 2, "constant") == "constant"
         value = argument(node, 3 if mode_at else 2, 0.0)
-        return constant and value in (0, None) and all(isinstance(n, int) for n in argument(node, 1))
+        return constant and value in (0, None) and all(isinstance(n, int) and n >= 0 for n in argument(node, 1))
     return node.target in MOVES or node.target in POOLS or node.target in IDENTITIES
 
 

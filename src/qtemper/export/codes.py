@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qtemper import layers
 from qtemper.errors import ExportError
 from qtemper.layers import QuantLayer, StoredWeight
-from qtemper.quantizer import Quantizer
+from qtemper.quantizer import Quantizer, quantizers
 
 TOLERANCE = 1e-5
 """Relative difference, of the largest value, between a method's own levels and `codes * scale`: float32 rounding."""
@@ -60,13 +60,31 @@ class IntegerWeight:
 
 
 def require_quantized(model: nn.Module) -> None:
-    """Whether there is anything to export.
+    """Whether there is anything to export, and it is sound.
 
     Raises:
-        ExportError: there is not.
+        ExportError: no quantized layers, or a tensor of the model that is not finite.
+        NotCalibratedError: a quantizer has no scale yet.
     """
     if not any(isinstance(module, QuantLayer) for module in model.modules()):
         raise ExportError("the model has no quantized layers; prepare, calibrate and train it first.")
+    for _, quantizer in quantizers(model):
+        quantizer.require_calibrated()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ExportError(f"{name} has NaN or infinite values; export a model that has not diverged.")
+
+
+def sound_example(example: Tensor) -> Tensor:
+    """The example on the CPU, without a gradient.
+
+    Raises:
+        ExportError: it has NaN or infinite values.
+    """
+    example = example.detach().cpu()
+    if example.is_floating_point() and not torch.isfinite(example).all():
+        raise ExportError("the example has NaN or infinite values; give real inputs.")
+    return example
 
 
 def float32(x: float) -> float:
@@ -105,7 +123,7 @@ def integer_weight(name: str, layer: nn.Module) -> IntegerWeight:
     shape = [1] * latent.dim()
     shape[axis] = -1
     error = (codes.double() * per_channel.reshape(shape) - x_hat).abs().max()
-    if not (rows == per_channel[:, None]).all() or error > TOLERANCE * x_hat.abs().max().clamp_min(1e-30):
+    if not (rows == per_channel[:, None]).all() or not error <= TOLERANCE * x_hat.abs().max().clamp_min(1e-30):
         raise ExportError(
             f"{name}.weight: its levels are no multiples of one step per output channel, which integer hardware needs; "
             "train the last epochs with a method on such a grid (lsq, tempering, ste, ewgs, ...)."
@@ -139,7 +157,7 @@ def activation_codes(name: str, quantizer: Quantizer, *, signed: bool = False) -
         scale = float32(float(quantizer.grid.scale(every).reshape(-1)[0]))
         x_hat = quantizer.grid.decode_for(every, every, every).double()
     expected = (every.double() - zero_point) * scale
-    if (x_hat - expected).abs().max() > TOLERANCE * expected.abs().max():
+    if not (x_hat - expected).abs().max() <= TOLERANCE * expected.abs().max():  # NaN is refused, too
         raise ExportError(
             f"{what} has levels that are no multiples of its step (a learned offset), so that padding with 0 is not "
             "among them; train the last epochs with a method without one (lsq, tempering, ...)."

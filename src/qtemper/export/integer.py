@@ -33,7 +33,14 @@ from qtemper.export.chains import (
     layer_of,
     relu_bounds,
 )
-from qtemper.export.codes import Codes, IntegerWeight, activation_codes, integer_weight, require_quantized
+from qtemper.export.codes import (
+    Codes,
+    IntegerWeight,
+    activation_codes,
+    integer_weight,
+    require_quantized,
+    sound_example,
+)
 from qtemper.export.fold import check_int8, fold
 from qtemper.export.joins import fit_joins
 from qtemper.export.trace import run_marked, trace
@@ -61,7 +68,7 @@ def integer_model(model: nn.Module, example: Tensor, *, signed: bool = False) ->
             cannot follow.
     """
     require_quantized(model)
-    model, example = copy.deepcopy(model).cpu(), example.cpu()
+    model, example = copy.deepcopy(model).cpu(), sound_example(example)
     graph = trace(model, example)
     return _Builder(model, graph, example, signed).build()
 
@@ -226,7 +233,9 @@ class _Builder:
             pairs = tuple([p[0], p[-1]] for p in args)
             value = self._call("", ops.max_pool.default, (x, *pairs, argument(node, 5, False)))
         else:
-            value = self._call("", node.target, (x, *fx.map_arg(node.args[1:], self._real)))
+            # `contiguous` is no operator here, so a view may have to copy.
+            target = aten.reshape.default if node.target is aten.view.default else node.target
+            value = self._call("", target, (x, *fx.map_arg(node.args[1:], self._real)))
         self._set(node, value, grid)
 
     def _emit_chain(self, chain: Chain) -> None:
@@ -271,7 +280,7 @@ class _Builder:
         args: tuple[Any, ...] = (self.values[x], own.scale, own.zero_point, *tensors, self._weight(mark).bits)
         label = name.replace(".", "_")
         if chain.kind == "convolve":
-            args += _geometry(node, folded.codes)
+            args += _geometry(name, node, folded.codes)
         if grid is None:
             self._set(chain.tail, self._relu(chain, self._call(label, ops.linear_real.default, args)))
             return
@@ -301,7 +310,7 @@ def _clamped(chain: Chain, grid: Codes) -> tuple[int, int]:
     return low, max(low, high)
 
 
-def _geometry(node: fx.Node, weight: Tensor) -> tuple[list[int], list[int], list[int], int]:
+def _geometry(name: str, node: fx.Node, weight: Tensor) -> tuple[list[int], list[int], list[int], int]:
     """Stride, padding, dilation and groups of a convolution."""
     dims = weight.dim() - 2
     stride, padding, dilation = argument(node, 3, [1]), argument(node, 4, [0]), argument(node, 5, [1])
@@ -309,7 +318,9 @@ def _geometry(node: fx.Node, weight: Tensor) -> tuple[list[int], list[int], list
     if isinstance(padding, str):
         reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
         if padding == "same" and any(r % 2 for r in reach):
-            raise ExportError("padding='same' of an even kernel pads unevenly; pad with F.pad in front instead.")
+            raise ExportError(
+                f"{name}: padding='same' of an even kernel pads unevenly; pad with F.pad in front instead."
+            )
         padding = [r // 2 if padding == "same" else 0 for r in reach]
     padding = list(padding) if len(padding) == dims else list(padding) * dims
     return stride, padding, dilation, argument(node, 6, 1)

@@ -63,7 +63,9 @@ def _fit(values: Tensor, codes: tuple[int, int, int], chain: Chain) -> float:
     rows = values.detach().float().reshape(1, -1)
     low, high = rows.aminmax()
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ExportError(f"{chain.node.name} has NaN or infinite values on the example batch; check the weights.")
+        raise ExportError(
+            f"{chain.node.name} (in the graph) has NaN or infinite values on the example; check what is before it."
+        )
     step = max(1, rows.shape[1] // SAMPLES)
     rows = torch.cat([rows[:, ::step], low.reshape(1, 1), high.reshape(1, 1)], dim=1)
     scale = float(search_scale(rows, CodeRange(codes[0] - codes[2], codes[1] - codes[2], 0.0), "mse"))

@@ -35,6 +35,7 @@ from qtemper.export.integer import integer_model
 from qtemper.export.packing import float_biases, pack_weights
 from qtemper.export.qonnx import quant_model
 from qtemper.export.targets import Target, get_target
+from qtemper.export.trace import ANY_BATCH
 from qtemper.train.files import write_atomically
 from qtemper.train.weights import one_line
 
@@ -106,7 +107,10 @@ def _quantize(x, scale: float, zero_point: int, low: int, high: int, signed: boo
 
 
 def _dequantize(x, x_scale: float, x_zero_point: int):  # type: ignore[no-untyped-def]
-    return _real(x, x_scale, x_zero_point)
+    if _signed(x):
+        return _real(x, x_scale, x_zero_point)
+    # A DequantizeLinear here would let onnxruntime quantize the float operator behind it, weights and all.
+    return op.Mul(op.Sub(op.Cast(x, to=onnx.TensorProto.FLOAT), _float(float(x_zero_point))), _float(x_scale))
 
 
 def _dequantize_weight(weight, weight_scale, axis: int, bits: int):  # type: ignore[no-untyped-def]
@@ -215,8 +219,7 @@ def to_onnx(integers: fx.GraphModule, example: Tensor) -> ir.Model:
     try:
         with contextlib.redirect_stdout(io.StringIO()), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about torch
-            shapes = ({0: torch.export.Dim.AUTO},)
-            traced = torch.export.export(integers, (example,), dynamic_shapes=shapes, strict=False)
+            traced = torch.export.export(integers, (example,), dynamic_shapes=ANY_BATCH, strict=False)
             program = torch.onnx.export(
                 traced, dynamo=True, optimize=False, verbose=False, opset_version=21,
                 custom_translation_table=TRANSLATIONS,

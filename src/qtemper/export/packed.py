@@ -35,7 +35,7 @@ def convert(model: nn.Module) -> nn.Module:
     method decodes by one product.
 
     Raises:
-        ExportError: a weight or activation whose levels are no multiples of one step.
+        ExportError: a weight or activation whose levels are no multiples of one step, or a quantizer that is off.
         NotCalibratedError: a quantizer has no scale yet.
     """
     require_quantized(model)
@@ -44,6 +44,9 @@ def convert(model: nn.Module) -> nn.Module:
         if not isinstance(layer, QuantLayer):
             continue
         act, weight = layer.act_quantizer, layer.weight_quantizer
+        for quantizer in (act, weight):
+            if isinstance(quantizer, Quantizer) and not quantizer.enabled:
+                raise ExportError(f"{quantizer.name} is switched off; set its `enabled` to True, or leave float_mode.")
         if act is not None:
             codes = activation_codes(name, act)
             levels: Any = act.grid.levels
@@ -138,6 +141,8 @@ def load_quantized(path: Path, model: nn.Module) -> nn.Module:
         raise CheckpointError(f"{path} has format {about['format']}, this version reads {FORMAT}; update qtemper.")
     if digest != _digest(tensors, names):
         raise CheckpointError(f"{path} is damaged (its sha256 does not match its content); fetch or export it again.")
+    if any(isinstance(module, QuantLayer) for module in model.modules()):
+        raise CheckpointError("load_quantized needs a freshly built float model, and this one is prepared.")
     missing = [name for name in names if not isinstance(dict(model.named_modules()).get(name), layers.QUANTIZABLE)]
     if missing:
         raise CheckpointError(f"{path} has the layer {missing[0]}, which the model lacks; build the model it is from.")

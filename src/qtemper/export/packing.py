@@ -7,8 +7,7 @@
 | 8 bits | uint8, zero point 128 | itself: int8 weights saturate silently on CPUs with AVX2 alone |
 | 8 bits, for a target that says `int8` | int8 | itself |
 
-Odd codes (grids without a zero) are stored halved, and a channel that holds the one code more that its negative range
-lacks is stored negated.
+Odd codes (grids without a zero) are stored halved, and a channel may be stored negated; see `bits`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 import warnings
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from qtemper.export import measures
 from qtemper.export.onnx import build_onnx, graph_for
 from qtemper.export.report import Report
 from qtemper.export.targets import get_target
+from qtemper.export.trace import ANY_BATCH
 from qtemper.export.verify import against_training, verify
 from qtemper.modes import float_mode
 from qtemper.train.files import write_atomically
@@ -51,18 +53,22 @@ def export_and_verify(
         ExportError: the target cannot hold the model, or the file failed and was not written; an earlier file of that
             name stays with its own report.
     """
-    wanted = get_target(target)
+    wanted, path = get_target(target), Path(path)
+    if rounds == 1 or rounds < 0:
+        raise ExportError(f"rounds must be 0 for no timing, or 2 and more for quartiles, got {rounds}.")
+    if path.is_dir():
+        raise ExportError(f"{path} is a directory; name the file in it.")
     if not path.parent.is_dir():
         raise ExportError(f"{path.parent} is no directory; make it first, or choose another path.")
-    model, example = copy.deepcopy(model).cpu().eval(), example.cpu()
+    model, example = copy.deepcopy(model).cpu().eval(), example.detach().cpu()
     graph = graph_for(model, example, wanted)
     file = ir.serde.serialize_model(build_onnx(graph, example, wanted)).SerializeToString()
     proto = onnx.load_from_string(file)
     report = verify(proto, graph, example[:32], wanted)
+    report.sha256 = hashlib.sha256(file).hexdigest()
     report.sizes = measures.sizes(model, graph, len(file))
-    report.in_float = measures.left_in_float(model, graph)
-    if wanted.quant_nodes:
-        report.counts.append(against_training(graph, model, example[:32]))
+    report.in_float = [] if wanted.quant_nodes else measures.left_in_float(model, graph)
+    report.counts.append(against_training(graph, model, example[:32], exact=wanted.quant_nodes))
     report.top1 = measures.accuracies(test, model, graph, proto, wanted)
     if rounds and not (wanted.quant_nodes or wanted.signed):
         report.latency = measures.compare_latency(proto, float_onnx(model, example), example[:1], rounds)
@@ -84,7 +90,5 @@ def float_onnx(model: nn.Module, example: Tensor) -> onnx.ModelProto:
     """The float network with the latent weights, as torch.onnx exports it: what latency is compared with."""
     with float_mode(model), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program: Any = torch.onnx.export(
-            model, (example,), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim.AUTO},)
-        )
+        program: Any = torch.onnx.export(model, (example,), dynamo=True, verbose=False, dynamic_shapes=ANY_BATCH)
     return ir.serde.serialize_model(program.model)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qtemper.export.chains import is_weight_mark, layer_of
-from qtemper.export.codes import activation_codes, integer_weight, require_quantized
+from qtemper.export.codes import activation_codes, integer_weight, require_quantized, sound_example
 from qtemper.export.operators import ops
 from qtemper.export.trace import MARK, trace
 from qtemper.layers import weight_channel_axis
@@ -26,7 +26,7 @@ def quant_model(model: nn.Module, example: Tensor) -> fx.GraphModule:
         ExportError: no quantized layers, or a quantizer whose levels are no multiples of a step.
     """
     require_quantized(model)
-    model, example = copy.deepcopy(model).cpu(), example.cpu()
+    model, example = copy.deepcopy(model).cpu(), sound_example(example)
     graph = trace(model, example)
     marks = [node for node in graph.graph.nodes if node.target is MARK]
     for index, node in enumerate(marks):

@@ -65,8 +65,10 @@ class Report:
 
     Attributes:
         target: name of the target.
+        sha256: of the file that it is about.
         environment: CPU flags and versions.
         counts: for every runtime, kind of input and layer.
+        not_run: runtimes that failed at the file and do not judge it, with what they said.
         operators: of onnxruntime's optimised graph.
         kernels: quantized convolutions and linear layers, and how many of them run on integers there.
         in_float: layers whose two operands are quantized, and that are a float operator in the file nevertheless.
@@ -77,7 +79,9 @@ class Report:
 
     target: str
     environment: dict[str, Any]
+    sha256: str = ""
     counts: list[Count] = field(default_factory=list)
+    not_run: dict[str, str] = field(default_factory=dict)
     operators: dict[str, int] = field(default_factory=dict)
     kernels: tuple[int, int] = (0, 0)
     in_float: list[str] = field(default_factory=list)
@@ -113,6 +117,7 @@ class Report:
             own = [c for c in self.counts if (c.runtime, c.inputs) == (runtime, inputs) and not c.real]
             wrong, codes, largest = sum(c.wrong for c in own), sum(c.codes for c in own), max(c.largest for c in own)
             lines.append(f"{runtime + ', ' + inputs:36s} {wrong} of {codes} codes wrong, by at most {largest:g}")
+        lines += [f"{runtime:36s} not run: {message}" for runtime, message in self.not_run.items()]
         if self.operators:
             none = "" if self.kernels[0] else ": no layer has both its operands quantized"
             lines.append(f"{'integer kernels':36s} {self.kernels[1]} of {self.kernels[0]}{none}")

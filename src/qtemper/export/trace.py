@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from qtemper.errors import ExportError
 from qtemper.fast import fast_path, use_fast_path
 from qtemper.layers import StoredWeight
 from qtemper.modes import eval_mode
 from qtemper.quantizer import Quantizer
+from qtemper.train.weights import one_line
 
 
 @torch.library.custom_op("qtemper::quantizer", mutates_args=())
@@ -30,6 +33,9 @@ def _(x: Tensor, name: str) -> Tensor:
 
 MARK = torch.ops.qtemper.quantizer.default
 
+ANY_BATCH = ({0: torch.export.Dim.AUTO},)
+"""Shapes for torch.export: the first dimension of the one input is free."""
+
 
 def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
     """The graph of a prepared model in eval mode; quantizers are nodes `qtemper::quantizer(x, name)`.
@@ -39,32 +45,84 @@ def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
         example: a batch of at least two inputs; other batch sizes fit the graph too.
 
     Raises:
-        ExportError: torch.export cannot follow the model.
+        ExportError: the model does not run on the example, or torch.export cannot follow it.
+        NotCalibratedError: a quantizer has no scale yet.
     """
-    if len(example) < 2:
-        raise ExportError("the example is a batch of one, to which torch.export would fix the model; give two or more.")
+    if example.dim() == 0 or len(example) < 2:
+        raise ExportError("torch.export would fix the model to an example of fewer than two inputs; give a batch.")
+    if hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        inside = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
+        raise ExportError(f"the model is a {type(model).__name__}; export what it wraps, model.{inside}.")
     enabled = fast_path()
     use_fast_path(False)
     try:
         with eval_mode(model), _marked(model), torch.no_grad():
-            program = torch.export.export(model, (example,), dynamic_shapes=_dynamic_batch(example), strict=False)
-    except Exception as error:  # torch.export raises many kinds
-        first = str(error).strip().splitlines()
-        raise ExportError(
-            f"torch.export cannot follow the model ({first[0] if first else type(error).__name__}); see its "
-            "documentation on data-dependent control flow."
-        ) from error
+            program = _export(model, example)
     finally:
         use_fast_path(enabled)
     sizes = [n.meta["val"].shape[0] for n in program.graph.nodes if n.name in program.graph_signature.user_inputs]
-    if any(isinstance(size, int) for size in sizes):
+    if any(is_concrete_int(size) for size in sizes):
         raise ExportError(f"the model's forward fixes the batch to {sizes[0]} (a view with a number?); use x.shape[0].")
     graph = program.module()
     assert isinstance(graph, fx.GraphModule)
     for node in list(graph.graph.nodes):  # checks of the input's shape, which the next model makes for itself
         if node.op == "call_module" and node.name.startswith("_guards"):
             graph.graph.erase_node(node)
+    _refuse_changed_views(graph.graph)
     return graph
+
+
+def _export(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    try:
+        model(example)
+    except Exception as error:
+        raise ExportError(f"the model does not run on the example: {one_line(str(error))}") from error
+    try:
+        return torch.export.export(model, (example,), dynamic_shapes=ANY_BATCH, strict=False)
+    except Exception as error:  # torch.export raises many kinds
+        first = str(error).strip().splitlines()
+        raise ExportError(
+            f"torch.export cannot follow the model ({first[0] if first else type(error).__name__}); see its "
+            "documentation on data-dependent control flow."
+        ) from error
+
+
+def _refuse_changed_views(graph: fx.Graph) -> None:
+    """Whether a tensor is changed in place that another name of its memory still shows: our values have one name."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    base = {node: _viewed(node) for node in graph.nodes}
+
+    def names(node: fx.Node) -> Iterator[fx.Node]:
+        """The node and what it is a view of, back to the memory's first name."""
+        current: fx.Node | None = node
+        while current is not None:
+            yield current
+            current = base[current]
+
+    for change in graph.nodes:
+        mutable = isinstance(change.target, torch._ops.OpOverload) and change.target._schema.is_mutable
+        if not mutable or not isinstance(change.args[0], fx.Node):
+            continue
+        *_, memory = names(change.args[0])
+        for other in graph.nodes:
+            line = list(names(other))
+            later = any(order[user] > order[change] for user in other.users)
+            if later and line[-1] is memory and change not in line and other is not change.args[0]:
+                where = str(change.meta.get("stack_trace") or change).strip().splitlines()[-1].strip()
+                raise ExportError(
+                    f"the model changes a view of a tensor in place ({where}) and uses the tensor afterwards, which "
+                    "export cannot follow; write it out of place."
+                )
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """The node whose memory a node shows."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    if node.target is operator.getitem:
+        return node.args[0]
+    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+    return node.args[0] if any(value.alias_info is not None for value in returns) else None
 
 
 def run_marked(graph: fx.GraphModule, model: nn.Module, example: Tensor, watch: set[fx.Node]) -> dict[fx.Node, Tensor]:
@@ -75,7 +133,7 @@ def run_marked(graph: fx.GraphModule, model: nn.Module, example: Tensor, watch: 
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
             if n in watch:
-                found[n] = result
+                found[n] = result.clone()  # before an operator in place changes it
             return result
 
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -120,7 +178,3 @@ def _marked(model: nn.Module) -> Iterator[None]:
 def _stored(weight: StoredWeight, name: str) -> Tensor:
     marked: Tensor = mark(type(weight).forward(weight), name)
     return marked
-
-
-def _dynamic_batch(example: Tensor) -> tuple[dict[int, Any]]:
-    return ({0: torch.export.Dim.AUTO},)

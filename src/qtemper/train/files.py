@@ -37,9 +37,10 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.replace(path)
         sync_directory(path.parent)
     except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}.") from error
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
 def digest(path: Path) -> str:
