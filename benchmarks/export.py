@@ -31,7 +31,7 @@ from qtemper.export.proof import export_and_verify
 from qtemper.models import ModelConfig, build
 from qtemper.policy import BitPolicy
 from qtemper.run import RunDir
-from qtemper.train.weights import read_safetensors
+from qtemper.weights import read_safetensors
 
 RESNET20 = "weights/cifar10_resnet20_akamaster-12fca82f.safetensors"
 MOBILENET = "weights/mobilenet_v1_1.0_224.safetensors"

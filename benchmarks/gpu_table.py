@@ -38,8 +38,7 @@ from qtemper.compare import record, report, schedule
 from qtemper.compare.grid import Arm, Run, expand, make_runs
 from qtemper.compare.launch import LocalProcesses, Options
 from qtemper.data import open_source
-from qtemper.data.images import optional_module
-from qtemper.errors import ConfigError
+from qtemper.errors import ConfigError, optional_module
 from qtemper.methods import available
 
 METHODS = ("ste", "lsq", "ewgs", "tempering")

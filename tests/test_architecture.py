@@ -24,9 +24,9 @@ SOURCE = Path(qtemper.__file__).parent
 # Each module may import from its own row and from the rows above it.
 LAYERS = [
     {"errors", "functional", "counter", "schedules", "environment"},
-    {"quantizer"},
+    {"files", "quantizer"},
     {"fast"},
-    {"methods", "layers", "progress", "modes"},
+    {"methods", "layers", "progress", "modes", "weights"},
     {"policy", "stages", "prepare", "calibrate", "requantize", "curvature", "models", "data"},
     {"train"},
     {"export"},

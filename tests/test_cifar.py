@@ -7,7 +7,7 @@ import qtemper
 from qtemper.data import NORMALIZATIONS, MemorySource, normalize
 from qtemper.models import ModelConfig, build
 from qtemper.train import evaluate
-from qtemper.train.weights import load_strictly, read_safetensors
+from qtemper.weights import load_strictly, read_safetensors
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ from qtemper.train.metrics import MetricsLog
 from qtemper.train.optim import build_loss, build_optimizers, set_learning_rate
 from qtemper.train.snapshot import TrainState
 from qtemper.train.state import load_checkpoint, load_model
-from qtemper.train.weights import read_safetensors
+from qtemper.weights import read_safetensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

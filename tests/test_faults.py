@@ -28,7 +28,7 @@ from qtemper.recipes import get_recipe
 from qtemper.run import RunDir
 from qtemper.train.snapshot import TrainState
 from qtemper.train.state import load_checkpoint, load_model, save_checkpoint
-from qtemper.train.weights import save_tensors
+from qtemper.weights import save_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

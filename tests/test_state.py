@@ -19,14 +19,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qtemper import BitPolicy, calibrate, prepare
+from qtemper import BitPolicy, calibrate, files, prepare
 from qtemper.errors import CheckpointError
-from qtemper.train import files
+from qtemper.files import write_atomically
 from qtemper.train import state as state_module
-from qtemper.train.files import write_atomically
 from qtemper.train.snapshot import TrainState
 from qtemper.train.state import KEEP, load_checkpoint, load_model, save_checkpoint
-from qtemper.train.weights import load_strictly, read_safetensors, save_tensors
+from qtemper.weights import load_strictly, read_safetensors, save_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -78,7 +78,7 @@ def test_bad_axes_are_refused(texts, says):
 )
 def test_both_ends_of_an_axis_must_fit_the_recipe(axes, says):
     with pytest.raises(ConfigError, match=says):
-        sweep.make_plan(RECIPE, [], search.parse(axes))
+        sweep.plan_search(RECIPE, [], search.parse(axes))
 
 
 # --- which images judge ------------------------------------------------------------------------------------------
@@ -86,19 +86,19 @@ def test_both_ends_of_an_axis_must_fit_the_recipe(axes, says):
 
 def test_trials_are_judged_by_images_that_are_held_out():
     axes = search.parse(RATES)
-    plan = sweep.make_plan("small-fit-w2a2-lsq", [], axes)
+    plan = sweep.plan_search("small-fit-w2a2-lsq", [], axes)
     data = plan.run(["0.1"]).experiment.data
     assert (data.train_images, data.held_out) == (10_000, 10_000)
     assert "10,000 training images that were held out" in sweep.judged_by(plan)
-    assert "TEST" in sweep.judged_by(sweep.make_plan(RECIPE, ["data.held_out=0"], axes))
-    assert "300 training" in sweep.judged_by(sweep.make_plan(RECIPE, ["data.held_out=300"], axes))
+    assert "TEST" in sweep.judged_by(sweep.plan_search(RECIPE, ["data.held_out=0"], axes))
+    assert "300 training" in sweep.judged_by(sweep.plan_search(RECIPE, ["data.held_out=300"], axes))
 
 
 def test_imagenet_is_judged_by_its_test_images_only_when_told():
     recipe, axes = "imagenet-resnet18-w4a4-lsq", search.parse(RATES)
     with pytest.raises(ConfigError, match=r"imagenet.*--set data\.held_out=0"):
-        sweep.make_plan(recipe, [], axes)
-    assert "TEST" in sweep.judged_by(sweep.make_plan(recipe, ["data.held_out=0"], axes))
+        sweep.plan_search(recipe, [], axes)
+    assert "TEST" in sweep.judged_by(sweep.plan_search(recipe, ["data.held_out=0"], axes))
 
 
 def test_held_out_images_are_the_last_ones_and_not_trained_on():
@@ -183,7 +183,7 @@ class InThisProcess(Launcher):
 
 def run_sweep(root, launcher, axes=RATES, trials=8, turns=None, jobs=2):
     """A sweep in this process, left alone by everyone after so many turns."""
-    study = sweep.Sweep(sweep.make_plan(RECIPE, [], search.parse(axes), trials=trials), root)
+    study = sweep.Sweep(sweep.plan_search(RECIPE, [], search.parse(axes), trials=trials), root)
     study.prepare()
     pool = schedule.Pool(launcher, root, jobs, lambda text: None)
     if turns is None:
@@ -235,7 +235,7 @@ def test_all_of_a_few_choices_are_tried_once(tmp_path):
 
 def test_the_best_trial_is_told_as_train_and_compare_take_it(tmp_path):
     common = ["bits=W3A3", "data.held_out=300", 'stages=[{"bits": "W8A8", "epochs": 1}]']
-    plan = sweep.make_plan(RECIPE, common, search.parse(["bits=W2A2,W4A4", *RATES]), seed=7)
+    plan = sweep.plan_search(RECIPE, common, search.parse(["bits=W2A2,W4A4", *RATES]), seed=7)
     run = plan.run(["W4A4", "0.05"])
     assert run.arm.label == "bits=W4A4 train.optim.lr=0.05"
     best = report.trials({0: Record(run, "done", result={"top1": 90.0})}, "x").splitlines()[-1]

@@ -28,7 +28,7 @@ from benchmarks.faults.events import FileEvents
 from benchmarks.faults.rows_kill import reference, same_end
 from benchmarks.faults.table import Row, row
 
-from qtemper.train.weights import read_safetensors
+from qtemper.weights import read_safetensors
 
 ROOM = 1_400 * 1024
 """Bytes of a disk that is full at the second checkpoint: the float network, one checkpoint and a half."""

@@ -22,7 +22,7 @@ from benchmarks.faults.groups import Group, curve, worst
 from PIL import Image
 
 from qtemper.models import ModelConfig, build
-from qtemper.train.weights import read_safetensors, save_tensors
+from qtemper.weights import read_safetensors, save_tensors
 
 CLASSES, PER_CLASS = ("a", "b", "c"), {"train": 16, "val": 4}
 EPOCHS, STEPS, OPTIMIZERS = 3, 4, 2

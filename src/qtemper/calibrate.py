@@ -249,53 +249,53 @@ def _fit(name: str, spec: QuantSpec, sample: _Sample, observer: Observer) -> tup
     return levels, scale if spec.channel_axis is not None else scale[0]
 
 
-def search_scale(rows: Tensor, codes: CodeRange, observer: Observer) -> Tensor:
+def search_scale(rows: Tensor, limits: CodeRange, observer: Observer) -> Tensor:
     """Bin size for each row of samples.
 
     Args:
         rows: samples, shape (channels, n), float.
-        codes: the grid's range.
+        limits: the grid's range.
         observer: the criterion; see `calibrate`.
 
     Returns:
         Scales, shape (channels,), in the unit of `rows`; 0 for a row of zeros.
     """
-    outermost = _max_scale(rows, codes)
+    outermost = _max_scale(rows, limits)
     if observer == "max":
         return outermost
     if observer == "percentile":
         kept = max(1, math.ceil(rows.shape[1] * PERCENTILE / 100))
         clipped = rows.abs().kthvalue(kept, dim=1).values
-        return _max_scale(torch.minimum(torch.maximum(rows, -clipped[:, None]), clipped[:, None]), codes)
+        return _max_scale(torch.minimum(torch.maximum(rows, -clipped[:, None]), clipped[:, None]), limits)
     if observer == "lsq":
-        return 2 * rows.abs().mean(dim=1) / math.sqrt(codes.qmax or -codes.qmin)
+        return 2 * rows.abs().mean(dim=1) / math.sqrt(limits.qmax or -limits.qmin)
     if observer == "ewgs":
         half_normal = math.sqrt(1 - 2 / math.pi)  # standard deviation of |x| for a standard normal x
-        width = 3 / half_normal if codes.qmin == codes.zero_point else 6
-        scale = width * rows.std(dim=1, correction=0) / (codes.qmax - codes.qmin)
+        width = 3 / half_normal if limits.qmin == limits.zero_point else 6
+        scale = width * rows.std(dim=1, correction=0) / (limits.qmax - limits.qmin)
         return torch.where(scale > 0, scale, outermost)
-    return _mse_scale(rows, codes, outermost)
+    return _mse_scale(rows, limits, outermost)
 
 
-def _max_scale(rows: Tensor, codes: CodeRange) -> Tensor:
+def _max_scale(rows: Tensor, limits: CodeRange) -> Tensor:
     """The smallest bin size that clips nothing."""
     top = rows.amax(dim=1).clamp_min(0)
     bottom = (-rows.amin(dim=1)).clamp_min(0)
-    above, below = codes.qmax - codes.zero_point, codes.zero_point - codes.qmin
+    above, below = limits.qmax - limits.zero_point, limits.zero_point - limits.qmin
     scale = top / above if above > 0 else torch.zeros_like(top)
     if below > 0:
         scale = torch.maximum(scale, bottom / below)
     return scale
 
 
-def _mse_scale(rows: Tensor, codes: CodeRange, outermost: Tensor) -> Tensor:
+def _mse_scale(rows: Tensor, limits: CodeRange, outermost: Tensor) -> Tensor:
     """Least-squares bin size: a coarse search over fractions of the unclipped one, then a fine one around it."""
 
     def errors(fractions: Tensor) -> Tensor:
         out = []
         for fraction in fractions.T:
             scale = (outermost * fraction).clamp_min(torch.finfo(rows.dtype).tiny)[:, None]
-            x_hat = F.decode(torch.round(F.encode(rows, scale, codes)), scale, codes)
+            x_hat = F.decode(torch.round(F.encode(rows, scale, limits)), scale, limits)
             out.append((x_hat - rows).square().mean(dim=1))
         return torch.stack(out, dim=1)
 

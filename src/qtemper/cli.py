@@ -130,7 +130,7 @@ class Export:
     def run(self) -> None:
         """Do it."""
         from qtemper import deploy
-        from qtemper.data.images import optional_module
+        from qtemper.errors import optional_module
         from qtemper.run import RunDir
 
         for module in ("onnxscript", "onnxruntime"):

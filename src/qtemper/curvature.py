@@ -85,25 +85,7 @@ def _one_batch(
     tolerance: float,
     key: tuple[int, int],
 ) -> list[tuple[float, float]]:
-    outputs: dict[str, list[Tensor]] = {name: [] for name in targets}
-
-    def keep(name: str, out: Tensor) -> Tensor:
-        seen = outputs[name]
-        if seen and name.endswith("weight_quantizer"):  # of a layer that is used twice: one tensor, one Hessian
-            return seen[0]
-        # Frozen weights and fixed input scales have no gradient of their own, and a curvature all the same.
-        seen.append(out if out.requires_grad else out.detach().requires_grad_())
-        return seen[-1]
-
-    hooks = [
-        quantizer.register_forward_hook(lambda _m, _i, out, name=name: keep(name, out))
-        for name, quantizer in targets.items()
-    ]
-    try:
-        value = loss(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    value, outputs = _watched_loss(model, targets, loss, batch)
     flat = [(name, out) for name, outs in outputs.items() for out in outs]
     tensors = [out for _, out in flat]
     # One bin of each tensor: derivatives per bin are derivatives per unit times this.
@@ -138,6 +120,32 @@ def _one_batch(
     return [
         (means[n], float(torch.cat(stds[n]).std(correction=0))) if stds[n] else (math.nan, math.nan) for n in targets
     ]
+
+
+def _watched_loss(
+    model: nn.Module, targets: dict[str, Quantizer], loss: Callable[[nn.Module, Any], Tensor], batch: Any
+) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    """The loss, and what the quantizers gave on the way, by name."""
+    outputs: dict[str, list[Tensor]] = {name: [] for name in targets}
+
+    def keep(name: str, out: Tensor) -> Tensor:
+        seen = outputs[name]
+        if seen and name.endswith("weight_quantizer"):  # of a layer that is used twice: one tensor, one Hessian
+            return seen[0]
+        # Frozen weights and fixed input scales have no gradient of their own, and a curvature all the same.
+        seen.append(out if out.requires_grad else out.detach().requires_grad_())
+        return seen[-1]
+
+    hooks = [
+        quantizer.register_forward_hook(lambda _m, _i, out, name=name: keep(name, out))
+        for name, quantizer in targets.items()
+    ]
+    try:
+        value = loss(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return value, outputs
 
 
 def _rademacher(like: Tensor, *words: int) -> Tensor:

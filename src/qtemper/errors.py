@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import types
 import typing
 from collections.abc import Iterable
@@ -38,6 +39,21 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}."
+
+
+def optional_module(name: str, extra: str) -> Any:
+    """Import a module that only some users need.
+
+    Raises:
+        ModuleNotFoundError: naming the extra of this package that installs it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        raise ModuleNotFoundError(
+            f"{package} is not installed: `pip install qtemper[{extra}]`.", name=package
+        ) from error
 
 
 def check_choices(settings: Any, name: str = "") -> None:

@@ -21,7 +21,7 @@ from qtemper.requantize import requantize
 from qtemper.run import RunDir
 from qtemper.train import evaluate
 from qtemper.train.state import load_model
-from qtemper.train.weights import load_strictly, read_safetensors
+from qtemper.weights import load_strictly, read_safetensors
 
 
 def build_model(experiment: Experiment) -> nn.Module:

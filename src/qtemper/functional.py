@@ -8,6 +8,7 @@ Symbols, used with the same meaning in the whole package:
 | `scale` (s) | bin size, > 0 | the tensor's own |
 | `v` | position on the grid, `clamp(x / scale + zero_point, qmin, qmax)` | bins |
 | `codes` (q) | integers in `[qmin, qmax]`, `round(v)` | bins |
+| `limits` | the range of the codes: `qmin`, `qmax`, `zero_point` | bins |
 | `zero_point` | the code that stands for x = 0; half an integer on mid-rise grids | bins |
 | `e` | quantization error, `v - round(v)` | bins |
 | `x_hat` | dequantized values, `(codes - zero_point) * scale` | the tensor's own |
@@ -61,21 +62,21 @@ def code_range(bits: int, levels: Levels) -> CodeRange:
     raise ValueError(f"levels must be 'unsigned', 'signed' or 'symmetric', got {levels!r}.")
 
 
-def encode(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
+def encode(x: Tensor, scale: Tensor, limits: CodeRange) -> Tensor:
     """Position on the grid, `v = clamp(x / scale + zero_point, qmin, qmax)`; not rounded.
 
     Gradients are autograd's: to `x` and `scale` inside the range (bounds included), zero outside.
     """
     # A reciprocal for the tensor, not a quotient for each element, which takes several times as long as a product.
     position = x * scale.reciprocal()
-    if codes.zero_point:
-        position = position + codes.zero_point
-    return clamp(position, codes.qmin, codes.qmax)
+    if limits.zero_point:
+        position = position + limits.zero_point
+    return clamp(position, limits.qmin, limits.qmax)
 
 
-def decode(v: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
+def decode(v: Tensor, scale: Tensor, limits: CodeRange) -> Tensor:
     """Real values of grid positions, `(v - zero_point) * scale`. The inverse of `encode` inside the range."""
-    return (v - codes.zero_point) * scale if codes.zero_point else v * scale
+    return (v - limits.zero_point) * scale if limits.zero_point else v * scale
 
 
 class _Clamp(torch.autograd.Function):
@@ -231,7 +232,7 @@ class _DecodeLearnedStep(torch.autograd.Function):
         return grad * scale.detach(), None, _sum_to(grad * residual, scale.shape), None, None, None
 
 
-def decode_learned_step(value: Tensor, v: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
+def decode_learned_step(value: Tensor, v: Tensor, scale: Tensor, limits: CodeRange) -> Tensor:
     """`decode` with the gradient that trains the step of Learned Step Size Quantization.
 
         dL/dvalue = g * s
@@ -245,9 +246,9 @@ def decode_learned_step(value: Tensor, v: Tensor, scale: Tensor, codes: CodeRang
         value: rounded, or otherwise perturbed, position, in bins.
         v: the position before rounding, in bins.
         scale: bin size, shape () or broadcastable to `v`.
-        codes: the grid's range.
+        limits: the grid's range.
     """
-    return _apply(_DecodeLearnedStep, value, v, scale, *codes)
+    return _apply(_DecodeLearnedStep, value, v, scale, *limits)
 
 
 def positive(x: Tensor) -> Tensor:
@@ -310,3 +311,8 @@ def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
         return x.sum()
     dims = [i for i in range(x.dim()) if shape[i] == 1 and x.shape[i] != 1]
     return x.sum(dims, keepdim=True) if dims else x
+
+
+def other_dims(x: Tensor, axis: int | None) -> list[int]:
+    """The dimensions of `x` that share a scale: all but the channel axis."""
+    return [d for d in range(x.dim()) if axis is None or d != axis % x.dim()]

@@ -23,7 +23,7 @@ from qtemper.run import RunDir
 from qtemper.stages import Stage
 from qtemper.train import evaluate, fit
 from qtemper.train.processes import make_fabric, report_lost_process, share_state
-from qtemper.train.weights import load_strictly, read_safetensors
+from qtemper.weights import load_strictly, read_safetensors
 
 
 def train(

@@ -79,32 +79,32 @@ class Grid(nn.Module, ABC):
         # The range is state (an `auto` grid learns it from data), so it lives in a buffer; the graph wants
         # Python numbers, so they are mirrored. NaN: not calibrated yet.
         self.register_buffer("code_range", torch.full((3,), math.nan))
-        self._codes: CodeRange | None = None
+        self._limits: CodeRange | None = None
 
     @property
     def calibrated(self) -> bool:
         """Whether the grid knows its levels."""
-        return self._codes is not None
+        return self._limits is not None
 
     @property
-    def codes(self) -> CodeRange:
+    def limits(self) -> CodeRange:
         """Smallest and largest code, and the code of zero.
 
         Raises:
             NotCalibratedError: before `calibrate`.
         """
-        if self._codes is None:
+        if self._limits is None:
             raise NotCalibratedError("not calibrated")
-        return self._codes
+        return self._limits
 
     @property
     def levels(self) -> Levels | Literal["auto"]:
         """The kind of grid; `auto` until calibration has settled it."""
-        if self._codes is None:
+        if self._limits is None:
             return self.spec.levels
-        if self._codes.zero_point:
+        if self._limits.zero_point:
             return "symmetric"
-        return "signed" if self._codes.qmin else "unsigned"
+        return "signed" if self._limits.qmin else "unsigned"
 
     def initialize(self, levels: Levels, scale: Tensor) -> None:
         """Set the levels from calibration.
@@ -113,14 +113,14 @@ class Grid(nn.Module, ABC):
             levels: kind of grid.
             scale: bin size, shape (1,), or (num_channels,) with a channel axis.
         """
-        self._codes = F.code_range(self.spec.bits, levels)
+        self._limits = F.code_range(self.spec.bits, levels)
         with torch.no_grad():
-            self.code_range.copy_(torch.tensor(self._codes))
+            self.code_range.copy_(torch.tensor(self._limits))
             self.set_scale(scale.reshape(self.shape))
 
     def reset(self) -> None:
         """Forget the calibration."""
-        self._codes = None
+        self._limits = None
         self.code_range.fill_(math.nan)
 
     @abstractmethod
@@ -136,17 +136,14 @@ class Grid(nn.Module, ABC):
         """Position of `x` on the grid, in bins, clamped to the range and not rounded."""
 
     @abstractmethod
-    def decode(self, value: Tensor, v: Tensor) -> Tensor:
+    def decode(self, value: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """Real values of positions, with the gradient that trains the grid.
 
         Args:
             value: the position after rounding, in bins.
             v: what `encode` returned.
+            x: what it was given, for grids whose levels are a function of it.
         """
-
-    def decode_for(self, x: Tensor, value: Tensor, v: Tensor) -> Tensor:
-        """`decode`, for grids whose levels are a function of `x`, the tensor that `encode` got."""
-        return self.decode(value, v)
 
     def set_progress(self, progress: float) -> None:
         """Called once per optimizer step with progress in [0, 1]."""
@@ -163,18 +160,18 @@ class Grid(nn.Module, ABC):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         qmin, qmax, zero_point = self.code_range.tolist()
         if math.isnan(qmin):
-            self._codes = None
+            self._limits = None
             return
-        codes = CodeRange(int(qmin), int(qmax), zero_point)
+        limits = CodeRange(int(qmin), int(qmax), zero_point)
         kinds: tuple[Levels, ...] = ("unsigned", "signed", "symmetric")
         own = [F.code_range(self.spec.bits, k) for k in kinds if self.spec.levels in ("auto", k)]
-        if codes in own:
-            self._codes = codes
+        if limits in own:
+            self._limits = limits
         else:
             self.reset()
             errors = kwargs.get("error_msgs", args[-1] if args else [])
             errors.append(
-                f"{prefix}code_range: the checkpoint's codes {codes.qmin}..{codes.qmax} are not those of "
+                f"{prefix}code_range: the checkpoint's codes {limits.qmin}..{limits.qmax} are not those of "
                 f"{self.spec.bits} bits, levels={self.spec.levels}; prepare the model with the checkpoint's policy."
             )
 
@@ -284,10 +281,10 @@ class Quantizer(nn.Module):
         value = self.rounding(v) if self.training else F.round_ste(v)
         if snap is not None:
             value = F.replace_value(value, snap(value.detach()))
-        x_hat = self.grid.decode_for(real, value, v)
+        x_hat = self.grid.decode(value, v, real)
         if self.training and self.rounding.hard_forward:
             value = torch.round(v)
-            x_hat = F.replace_value(x_hat, self.grid.decode_for(real, value, v).detach())
+            x_hat = F.replace_value(x_hat, self.grid.decode(value, v, real).detach())
         return x_hat.to(x.dtype), value.detach()
 
     def codes(self, x: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from torch import nn
 from qtemper.config import Experiment, from_json, to_dict, to_json
 from qtemper.environment import environment
 from qtemper.errors import CheckpointError, ConfigError
-from qtemper.train.files import digest, write_atomically
+from qtemper.files import digest, write_atomically
 from qtemper.train.snapshot import differences, shorten
-from qtemper.train.weights import save_tensors
+from qtemper.weights import save_tensors
 
 try:
     import fcntl

@@ -92,7 +92,7 @@ class Compare(_Runs):
     def run(self) -> None:
         """Do it."""
         from qtemper.compare import grid, record, report, schedule
-        from qtemper.data.images import optional_module
+        from qtemper.errors import optional_module
         from qtemper.run import RunDir
 
         optional_module("scipy.stats", "compare")  # before the runs, not at the table after them
@@ -151,12 +151,12 @@ class Sweep(_Runs):
     def run(self) -> None:
         """Do it."""
         from qtemper.compare import record, report, schedule, search, sweep
-        from qtemper.data.images import optional_module
+        from qtemper.errors import optional_module
         from qtemper.run import RunDir
 
         optional_module("optuna", "sweep")
         axes = search.parse(list(self.search))
-        plan = sweep.make_plan(
+        plan = sweep.plan_search(
             self.recipe, list(self.assignments), axes, trials=self.trials, seed=self.seed, prune=self.prune
         )
         self._check()

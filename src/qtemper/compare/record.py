@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from qtemper.compare.grid import Run
 from qtemper.errors import ConfigError
-from qtemper.train.files import digest, write_atomically
+from qtemper.files import digest, write_atomically
 
 State = Literal["waiting", "started", "done", "diverged", "failed", "pruned"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from qtemper.compare.record import Record
 from qtemper.compare.table import Line, format_table, markdown, summarize
-from qtemper.train.files import write_atomically
+from qtemper.files import write_atomically
 
 
 def table(records: list[Record], baseline: str | None) -> str:

@@ -16,8 +16,7 @@ from typing import Any, final
 
 from qtemper.compare.grid import Run
 from qtemper.compare.launch import Job, Launcher, Options, log_path, spawn
-from qtemper.data.images import optional_module
-from qtemper.errors import ConfigError
+from qtemper.errors import ConfigError, optional_module
 
 SHARED = {"cpus_per_task", "gpus_per_node", "mem_gb", "name", "nodes", "tasks_per_node", "timeout_min"}
 """submitit's names for what every cluster has; other parameters are Slurm's own."""

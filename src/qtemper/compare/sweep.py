@@ -17,8 +17,7 @@ from qtemper.compare.record import Record, read
 from qtemper.compare.schedule import Pool
 from qtemper.compare.search import Axis, Choice, spread
 from qtemper.config import override
-from qtemper.data.images import optional_module
-from qtemper.errors import ConfigError
+from qtemper.errors import ConfigError, optional_module
 from qtemper.recipes import get_recipe
 
 HELD_OUT = {"cifar10": 10_000, "cifar100": 10_000, "digits": 287}
@@ -32,7 +31,7 @@ STARTUP = 4
 
 
 @dataclass(frozen=True)
-class Plan:
+class Search:
     """What a sweep does.
 
     Attributes:
@@ -63,9 +62,9 @@ class Plan:
         return Run(Arm(" ".join(chosen), assignments), self.seed, self.recipe, experiment)
 
 
-def make_plan(
+def plan_search(
     recipe: str, assignments: list[str], axes: list[Axis], *, trials: int = 10, seed: int = 0, prune: bool = True
-) -> Plan:
+) -> Search:
     """A plan whose every axis fits the recipe, and whose trials are judged by training images that are held out.
 
     Raises:
@@ -81,7 +80,7 @@ def make_plan(
                 "search with a recipe of another data set, or accept it with --set data.held_out=0."
             )
         assignments = [*assignments, f"data.held_out={HELD_OUT[start.data.name]}"]
-    plan = Plan(recipe, tuple(assignments), tuple(axes), trials, seed, prune)
+    plan = Search(recipe, tuple(assignments), tuple(axes), trials, seed, prune)
     first = [axis.corners()[0] for axis in axes]
     for i, axis in enumerate(axes):
         for value in axis.corners():
@@ -92,7 +91,7 @@ def make_plan(
     return plan
 
 
-def judged_by(plan: Plan) -> str:
+def judged_by(plan: Search) -> str:
     """What a trial's accuracy is measured on, in words."""
     held_out = plan.run([axis.corners()[0] for axis in plan.axes]).experiment.data.held_out
     if held_out:
@@ -112,7 +111,7 @@ class Sweep:
         ModuleNotFoundError: Optuna is not installed.
     """
 
-    def __init__(self, plan: Plan, root: Path) -> None:
+    def __init__(self, plan: Search, root: Path) -> None:
         self.optuna = optional_module("optuna", "sweep")
         self.optuna.logging.set_verbosity(self.optuna.logging.WARNING)
         self.plan, self.root = plan, root

@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 
 from qtemper.compare.record import Record
-from qtemper.data.images import optional_module
+from qtemper.errors import optional_module
 
 CONFIDENCE = 0.95
 

@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qtemper.data.images import DataError, ImageData, Split, optional_module
+from qtemper.data.images import DataError, ImageData, Split
+from qtemper.errors import optional_module
 
 HOMEPAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 """Where the author publishes both sets; the "python version" is the one to unpack."""

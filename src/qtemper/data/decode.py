@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qtemper.counter import counter_uniform, derive_key
 from qtemper.data.encoded import Encoded, ImageError
-from qtemper.data.images import optional_module
+from qtemper.errors import optional_module
 
 # First word of the keys: keeps these streams apart from those of `images` and the quantizers' noise.
 _CROP, _FLIP = 0x1D47A011, 0x1D47A012

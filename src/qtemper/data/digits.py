@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from qtemper.data.images import ImageData, Split, optional_module
+from qtemper.data.images import ImageData, Split
+from qtemper.errors import optional_module
 
 
 def load_digits() -> ImageData:

@@ -11,7 +11,8 @@ from typing import Any, final
 
 from qtemper.counter import derive_key
 from qtemper.data.encoded import Encoded, ImageSource, ImageStream, numbered_classes, unreadable
-from qtemper.data.images import DataError, optional_module
+from qtemper.data.images import DataError
+from qtemper.errors import optional_module
 
 _SHUFFLE = 0x1D47A013
 

@@ -24,8 +24,8 @@ from qtemper.data.images import (
     batch_share,
     epoch_order,
     normalize,
-    optional_module,
 )
+from qtemper.errors import optional_module
 
 TIMEOUT = 300.0
 """Seconds after which a batch that no worker delivers (a network drive that hangs) is an error."""

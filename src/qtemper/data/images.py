@@ -6,10 +6,8 @@ and step, with no generator state in between, so that a run can stop anywhere an
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -232,21 +230,6 @@ def test_batches(split: Split, batch_size: int, mean: Sequence[float], std: Sequ
     _check_batch_size(batch_size)
     parts = (slice(first, first + batch_size) for first in range(0, len(split), batch_size))
     return ((normalize(split.images[part], mean, std), split.labels[part]) for part in parts)
-
-
-def optional_module(name: str, extra: str) -> Any:
-    """Import a module that only some users need.
-
-    Raises:
-        ModuleNotFoundError: naming the extra of this package that installs it.
-    """
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        package = name.partition(".")[0]
-        raise ModuleNotFoundError(
-            f"{package} is not installed: `pip install qtemper[{extra}]`.", name=package
-        ) from error
 
 
 def _on_device(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:

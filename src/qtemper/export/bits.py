@@ -1,7 +1,7 @@
 """Integer codes in as few bits as hold them.
 
-Odd codes (grids without a zero) are halved, and a channel that holds the one code more that its negative range lacks is
-negated.
+Odd codes (grids without a zero) are halved, and a channel that holds +2^(b-1), which b bits in two's complement lack,
+is negated.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def activation_codes(name: str, quantizer: Quantizer, *, signed: bool = False) -
     what = f"the input of {name}"
     if quantizer.spec.channel_axis is not None:
         raise ExportError(f"{what} has one scale per channel, which no integer convolution takes; use one per tensor.")
-    qmin, qmax, zero_point = quantizer.grid.codes
+    qmin, qmax, zero_point = quantizer.grid.limits
     if zero_point != int(zero_point):
         raise ExportError(
             f"{what} is on a symmetric grid, which has no level at 0 for padding; use 'signed' levels for it, and 2 "
@@ -155,7 +155,7 @@ def activation_codes(name: str, quantizer: Quantizer, *, signed: bool = False) -
     every = torch.arange(qmin, qmax + 1, dtype=torch.float32)
     with torch.no_grad():
         scale = float32(float(quantizer.grid.scale(every).reshape(-1)[0]))
-        x_hat = quantizer.grid.decode_for(every, every, every).double()
+        x_hat = quantizer.grid.decode(every, every, every).double()
     expected = (every.double() - zero_point) * scale
     if not (x_hat - expected).abs().max() <= TOLERANCE * expected.abs().max():  # NaN is refused, too
         raise ExportError(
@@ -172,7 +172,7 @@ def activation_codes(name: str, quantizer: Quantizer, *, signed: bool = False) -
 
 def _relative(codes: Tensor, quantizer: Quantizer) -> tuple[Tensor, bool]:
     """Codes relative to zero, and whether they are doubled because zero lies between two."""
-    zero_point = quantizer.grid.codes.zero_point
+    zero_point = quantizer.grid.limits.zero_point
     doubled = zero_point != int(zero_point)
     relative = 2 * codes - int(2 * zero_point) if doubled else codes - int(zero_point)
     return relative.to(torch.int16), doubled

@@ -178,7 +178,7 @@ class _Builder:
         check_int8(name, weight.codes)
         codes = self._constant(f"{name}_weight", weight.codes.to(torch.int8))
         scale = self._constant(f"{name}_weight_scale", weight.scale)
-        return self._call("", ops.dequantize_weight.default, (codes, scale, axis, weight.bits))
+        return self._call("", ops.dequantize_weight.default, (codes, scale, axis))
 
     def _set(self, node: fx.Node, value: fx.Node, grid: Codes | None = None, layer: str = "") -> None:
         self.values[node] = value

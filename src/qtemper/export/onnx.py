@@ -36,8 +36,8 @@ from qtemper.export.packing import float_biases, pack_weights
 from qtemper.export.qonnx import quant_model
 from qtemper.export.targets import Target, get_target
 from qtemper.export.trace import ANY_BATCH
-from qtemper.train.files import write_atomically
-from qtemper.train.weights import one_line
+from qtemper.files import write_atomically
+from qtemper.weights import one_line
 
 ops = operators.ops
 
@@ -113,7 +113,7 @@ def _dequantize(x, x_scale: float, x_zero_point: int):  # type: ignore[no-untype
     return op.Mul(op.Sub(op.Cast(x, to=onnx.TensorProto.FLOAT), _float(float(x_zero_point))), _float(x_scale))
 
 
-def _dequantize_weight(weight, weight_scale, axis: int, bits: int):  # type: ignore[no-untyped-def]
+def _dequantize_weight(weight, weight_scale, axis: int):  # type: ignore[no-untyped-def]
     return op.DequantizeLinear(weight, weight_scale, axis=axis)
 
 

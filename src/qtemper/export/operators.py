@@ -18,7 +18,7 @@ _INPUT = "Tensor x, float x_scale, int x_zero_point"
 _WEIGHT = "Tensor weight, Tensor weight_scale, Tensor bias, Tensor bias_scale, int bits"
 _lib.define(f"quantize(Tensor x, {_GRID}, bool signed) -> Tensor")
 _lib.define(f"dequantize({_INPUT}) -> Tensor")
-_lib.define("dequantize_weight(Tensor weight, Tensor weight_scale, int axis, int bits) -> Tensor")
+_lib.define("dequantize_weight(Tensor weight, Tensor weight_scale, int axis) -> Tensor")
 _lib.define(
     f"convolve({_INPUT}, {_WEIGHT}, int[] stride, int[] padding, int[] dilation, int groups, {_GRID}) -> Tensor"
 )
@@ -51,7 +51,7 @@ def dequantize(x: Tensor, x_scale: float, x_zero_point: int) -> Tensor:
     return (x.float() - x_zero_point) * torch.tensor(x_scale, dtype=torch.float32, device=x.device)
 
 
-def dequantize_weight(weight: Tensor, weight_scale: Tensor, axis: int, bits: int) -> Tensor:
+def dequantize_weight(weight: Tensor, weight_scale: Tensor, axis: int) -> Tensor:
     """A float weight from its codes, for a layer whose input is in float."""
     shape = [1] * weight.dim()
     shape[axis] = -1

@@ -22,7 +22,7 @@ from qtemper.methods import get_method
 from qtemper.policy import FLOAT_BITS, Plan, Row
 from qtemper.prepare import prepare
 from qtemper.quantizer import Quantizer
-from qtemper.train.weights import load_strictly, read_metadata, read_safetensors, save_tensors
+from qtemper.weights import load_strictly, read_metadata, read_safetensors, save_tensors
 
 FORMAT = 1
 KEY = "qtemper_quantized"

@@ -23,8 +23,8 @@ from qtemper.export.report import Report
 from qtemper.export.targets import get_target
 from qtemper.export.trace import ANY_BATCH
 from qtemper.export.verify import against_training, verify
+from qtemper.files import write_atomically
 from qtemper.modes import float_mode
-from qtemper.train.files import write_atomically
 
 
 def export_and_verify(

@@ -17,7 +17,7 @@ from qtemper.fast import fast_path, use_fast_path
 from qtemper.layers import StoredWeight
 from qtemper.modes import eval_mode
 from qtemper.quantizer import Quantizer
-from qtemper.train.weights import one_line
+from qtemper.weights import one_line
 
 
 @torch.library.custom_op("qtemper::quantizer", mutates_args=())

@@ -27,7 +27,7 @@ from qtemper.export import runtimes
 from qtemper.export.operators import KERNELS, ops
 from qtemper.export.report import EXACT, OPENVINO, OUTPUT, UNFUSED, Count, Limit, Report
 from qtemper.export.targets import Target
-from qtemper.train.weights import one_line
+from qtemper.weights import one_line
 
 UNOPTIMISED = "onnxruntime, unoptimised"
 

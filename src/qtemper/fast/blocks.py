@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from qtemper.fast.packing import noise_of, quantize
-from qtemper.fast.plan import Plan, convolve, convolve_backward, convolve_integers, output_scale, pixels
+from qtemper.fast.plan import LayerPlan, convolve, convolve_backward, convolve_integers, output_scale, pixels
 from qtemper.quantizer import Quantizer
 
 BLOCK = 2**20
 """Elements of a block on a CPU; of 2**15 to 2**22, which differ by less than a third, the fastest for both ResNets."""
 
 
-def quantize_and_convolve(act: Quantizer, weight: Quantizer, plan: Plan, x: Tensor, latent: Tensor) -> Tensor:
+def quantize_and_convolve(act: Quantizer, weight: Quantizer, plan: LayerPlan, x: Tensor, latent: Tensor) -> Tensor:
     """The output of a layer without its bias; a linear layer's as images of one pixel."""
     parameters = [p for q in (act, weight) for p in q.parameters()]
     result: Tensor = _Blocked.apply(act, weight, plan, x, latent, *parameters)  # type: ignore[no-untyped-call]
@@ -32,7 +32,7 @@ class _Blocked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, act: Quantizer, weight: Quantizer, plan: Plan, x: Tensor, latent: Tensor, *parameters: Tensor
+        ctx: Any, act: Quantizer, weight: Quantizer, plan: LayerPlan, x: Tensor, latent: Tensor, *parameters: Tensor
     ) -> Tensor:
         ctx.act, ctx.weight, ctx.plan = act, weight, plan
         ctx.modes = act.training, weight.training
@@ -69,7 +69,7 @@ _Inputs = tuple[Tensor, ...]
 
 
 def _differentiable(
-    act: Quantizer, weight: Quantizer, plan: Plan, inputs: _Inputs, wanted: tuple[bool, ...], grad: Tensor
+    act: Quantizer, weight: Quantizer, plan: LayerPlan, inputs: _Inputs, wanted: tuple[bool, ...], grad: Tensor
 ) -> list[Tensor | None]:
     """The gradients in plain operations, differentiable any number of times."""
     x_hat, w_hat = quantize(act, plan.act, inputs[0])[0], quantize(weight, plan.weight, inputs[1])[0]
@@ -83,7 +83,7 @@ def _differentiable(
 
 
 def _backward_by_blocks(
-    act: Quantizer, weight: Quantizer, plan: Plan, inputs: _Inputs, wanted: tuple[bool, ...], grad: Tensor
+    act: Quantizer, weight: Quantizer, plan: LayerPlan, inputs: _Inputs, wanted: tuple[bool, ...], grad: Tensor
 ) -> list[Tensor | None]:
     x, latent, *parameters = inputs
     split = len(list(act.parameters()))

@@ -22,7 +22,15 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from qtemper.fast.blocks import quantize_and_convolve
 from qtemper.fast.integer import POINTWISE, Geometry
 from qtemper.fast.packing import quantize
-from qtemper.fast.plan import Plan, convolve, convolve_backward, convolve_integers, make_plan, output_scale, pixels
+from qtemper.fast.plan import (
+    LayerPlan,
+    convolve,
+    convolve_backward,
+    convolve_integers,
+    output_scale,
+    pixels,
+    plan_layer,
+)
 from qtemper.quantizer import Quantizer
 
 
@@ -62,7 +70,7 @@ def forward(layer: Any, input: Tensor) -> Tensor:
     latent = layer.latent_weight
     linear = isinstance(layer, nn.Linear)
     geometry = POINTWISE if linear else Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
-    plan = make_plan(act, weight, linear, geometry, input, latent)
+    plan = plan_layer(act, weight, linear, geometry, input, latent)
     if torch.compiler.is_compiling():
         out = _compiled(act, weight, plan, input, latent)
     else:
@@ -77,7 +85,7 @@ class _ConvolveCodes(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x_hat: Tensor, w_hat: Tensor, x_codes: Tensor, w_codes: Tensor, scale: Tensor, shift: int, plan: Plan
+        x_hat: Tensor, w_hat: Tensor, x_codes: Tensor, w_codes: Tensor, scale: Tensor, shift: int, plan: LayerPlan
     ) -> Tensor:
         return convolve_integers(x_codes, w_codes, scale, shift, plan)
 
@@ -109,7 +117,7 @@ _keep_codes.cache_hash = "qtemper keeps codes, 1"  # type: ignore[attr-defined]
 logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn is passed" not in record.msg)
 
 
-def _compiled(act: Quantizer, weight: Quantizer, plan: Plan, x: Tensor, latent: Tensor) -> Tensor:
+def _compiled(act: Quantizer, weight: Quantizer, plan: LayerPlan, x: Tensor, latent: Tensor) -> Tensor:
     recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     keep = _keep_codes
     # Asking for its attribute lets the compiler know the function, without which it does not take it.

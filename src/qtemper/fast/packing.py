@@ -72,7 +72,7 @@ def packing_of(quantizer: Quantizer, *, signed: bool) -> Packing | None:
     if quantizer.grid.has_offset:
         return None
     # Half bins, so that only integers and strings decide: torch.compile would make variables of floats.
-    qmin, qmax, _ = quantizer.grid.codes
+    qmin, qmax, _ = quantizer.grid.limits
     half = 1 if quantizer.grid.levels == "symmetric" else 0
     noisy = quantizer.training and not quantizer.rounding.hard_forward and len(noise_of(quantizer)) > 0
     below, above = 2 * qmin + half, 2 * qmax + half

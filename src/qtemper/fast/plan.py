@@ -15,7 +15,7 @@ from qtemper.quantizer import Quantizer
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayerPlan:
     """Everything about a layer's forward that is no tensor."""
 
     linear: bool
@@ -26,7 +26,9 @@ class Plan:
     channels_last: bool
 
 
-def make_plan(act: Quantizer, weight: Quantizer, linear: bool, geometry: Geometry, x: Tensor, latent: Tensor) -> Plan:
+def plan_layer(
+    act: Quantizer, weight: Quantizer, linear: bool, geometry: Geometry, x: Tensor, latent: Tensor
+) -> LayerPlan:
     """Integers where both quantizers' values fit 8 bits and the CPU is exact for them, float numbers elsewhere."""
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
@@ -38,8 +40,8 @@ def make_plan(act: Quantizer, weight: Quantizer, linear: bool, geometry: Geometr
             largest = max(a.high - a.shift, a.shift) * max(-w.low, w.high) * math.prod(latent.shape[1:])
             shape = (*latent.shape, 1, 1) if linear else tuple(latent.shape)
             if largest <= ACCUMULATOR_MAX and is_exact(a.high, a.shift, w.low, w.high, shape, tuple(geometry)):
-                return Plan(linear, geometry, a, w, dtype, channels_last)
-    return Plan(linear, geometry, None, None, dtype, channels_last)
+                return LayerPlan(linear, geometry, a, w, dtype, channels_last)
+    return LayerPlan(linear, geometry, None, None, dtype, channels_last)
 
 
 def _in_channels_last(x: Tensor) -> bool:
@@ -47,12 +49,12 @@ def _in_channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(3) == x.shape[1]
 
 
-def pixels(x: Tensor, plan: Plan) -> Tensor:
+def pixels(x: Tensor, plan: LayerPlan) -> Tensor:
     """A linear layer's operand, (..., features), as images of one pixel; a convolution's as it is."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1], 1, 1) if plan.linear else x
 
 
-def output_scale(act: Quantizer, weight: Quantizer, plan: Plan, x: Tensor, latent: Tensor) -> Tensor:
+def output_scale(act: Quantizer, weight: Quantizer, plan: LayerPlan, x: Tensor, latent: Tensor) -> Tensor:
     """Real value of one step of the integers' product, shape (1,) or (channels,).
 
     It is NaN if the latent weight contains NaN, which no integer can say, and outside training if the input does. In
@@ -68,20 +70,20 @@ def output_scale(act: Quantizer, weight: Quantizer, plan: Plan, x: Tensor, laten
         return torch.where(torch.isnan(largest), torch.nan, scale)
 
 
-def convolve_integers(x_codes: Tensor, w_codes: Tensor, scale: Tensor, shift: int, plan: Plan) -> Tensor:
+def convolve_integers(x_codes: Tensor, w_codes: Tensor, scale: Tensor, shift: int, plan: LayerPlan) -> Tensor:
     """The convolution of codes, in the memory format that torch's has: models may ask for a view of it."""
     out = convolve_codes(x_codes, w_codes, scale, shift, plan.geometry, plan.dtype)
     return out if plan.channels_last else out.contiguous()
 
 
-def convolve(x_hat: Tensor, w_hat: Tensor, plan: Plan) -> Tensor:
+def convolve(x_hat: Tensor, w_hat: Tensor, plan: LayerPlan) -> Tensor:
     """The float convolution, in the plan's dtype."""
     stride, padding, dilation, groups = plan.geometry
     return conv2d(x_hat.to(plan.dtype), w_hat.to(plan.dtype), None, stride, padding, dilation, groups)
 
 
 def convolve_backward(
-    grad: Tensor, x_hat: Tensor, w_hat: Tensor, plan: Plan, wanted: tuple[bool, ...]
+    grad: Tensor, x_hat: Tensor, w_hat: Tensor, plan: LayerPlan, wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of a convolution's operands, those that are wanted."""
     stride, padding, dilation, groups = (list(p) if isinstance(p, tuple) else p for p in plan.geometry)

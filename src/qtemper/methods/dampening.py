@@ -103,13 +103,9 @@ class DampenedGrid(Grid):
             x = result
         return self.base.encode(x)
 
-    def decode(self, value: Tensor, v: Tensor) -> Tensor:
+    def decode(self, value: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """The base grid's values."""
-        return self.base.decode(value, v)
-
-    def decode_for(self, x: Tensor, value: Tensor, v: Tensor) -> Tensor:
-        """The base grid's values."""
-        return self.base.decode_for(x, value, v)
+        return self.base.decode(value, v, x)
 
     def set_progress(self, progress: float) -> None:
         """Set lambda."""

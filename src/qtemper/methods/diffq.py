@@ -30,7 +30,6 @@ from torch import Tensor
 
 from qtemper import functional as F
 from qtemper.counter import NoiseSource
-from qtemper.methods.dorefa import other_dims
 from qtemper.methods.lsq import LearnedStep
 from qtemper.methods.noise import UniformNoise
 from qtemper.methods.ste import StraightThrough
@@ -48,29 +47,25 @@ class MinMax(Grid):
 
     def scale(self, x: Tensor) -> Tensor:
         """Bin size of the tensor `x`, with its gradient to the extremes."""
-        dims = other_dims(x, self.spec.channel_axis)
+        dims = F.other_dims(x, self.spec.channel_axis)
         width = F.positive(x.amax(dims, keepdim=True) - x.amin(dims, keepdim=True))
-        return width / (self.codes.qmax - self.codes.qmin)
+        return width / (self.limits.qmax - self.limits.qmin)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Position of `x`; the bin size's gradient is in `decode_for`."""
-        position = (x - self._lowest(x)) / self.scale(x).detach() + self.codes.qmin
+        """Position of `x`; the bin size's gradient is in `decode`."""
+        position = (x - self._lowest(x)) / self.scale(x).detach() + self.limits.qmin
         # Nothing lies outside but by rounding errors, so the gradient passes everywhere.
-        return F.replace_value(position, torch.clamp(position.detach(), self.codes.qmin, self.codes.qmax))
+        return F.replace_value(position, torch.clamp(position.detach(), self.limits.qmin, self.limits.qmax))
 
-    def decode(self, value: Tensor, v: Tensor) -> Tensor:
-        """Not possible: see `decode_for`."""
-        raise TypeError("the levels are a function of the weights; use decode_for(x, value, v).")
-
-    def decode_for(self, x: Tensor, value: Tensor, v: Tensor) -> Tensor:
+    def decode(self, value: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """Real values of positions; what the rounding added moves the extremes."""
         scale = self.scale(x)
-        x_hat = (value - self.codes.qmin) * scale.detach() + self._lowest(x)
+        x_hat = (value - self.limits.qmin) * scale.detach() + self._lowest(x)
         # The last product is 0; its gradient is the bin size's.
         return x_hat + (value - v).detach() * (scale - scale.detach())
 
     def _lowest(self, x: Tensor) -> Tensor:
-        return x.detach().amin(other_dims(x, self.spec.channel_axis), keepdim=True)
+        return x.detach().amin(F.other_dims(x, self.spec.channel_axis), keepdim=True)
 
 
 @final

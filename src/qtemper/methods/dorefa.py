@@ -41,14 +41,9 @@ from qtemper.methods.ste import FixedStep, StraightThrough
 from qtemper.quantizer import Grid, Method, QuantSpec, Rounding, TensorKind
 
 
-def other_dims(x: Tensor, axis: int | None) -> list[int]:
-    """The dimensions of `x` that share a scale: all but the channel axis."""
-    return [d for d in range(x.dim()) if axis is None or d != axis % x.dim()]
-
-
 def unit_step(grid: Grid) -> float:
     """Bin size of a grid whose outermost level is 1 or -1."""
-    qmin, qmax, zero_point = grid.codes
+    qmin, qmax, zero_point = grid.limits
     return 1.0 / max(qmax - zero_point, zero_point - qmin)
 
 
@@ -74,7 +69,7 @@ class TanhLevels(Grid):
     def scale(self, x: Tensor) -> Tensor:
         """Bin size of the tensor `x`."""
         if self.spec.bits == 1:
-            mean = x.detach().abs().mean(other_dims(x, self.spec.channel_axis), keepdim=True)
+            mean = x.detach().abs().mean(F.other_dims(x, self.spec.channel_axis), keepdim=True)
             return F.positive(mean * unit_step(self))
         if self.real:
             return self._largest(torch.tanh(x)) * unit_step(self)
@@ -84,23 +79,19 @@ class TanhLevels(Grid):
         """Position of `tanh(x) / M`, or in one bit of `x`, whose gradient is not cut at the bounds."""
         if self.spec.bits == 1:
             position = x / self.scale(x)
-            value = position.detach() + self.codes.zero_point
-            return F.replace_value(position, torch.clamp(value, self.codes.qmin, self.codes.qmax))
+            value = position.detach() + self.limits.zero_point
+            return F.replace_value(position, torch.clamp(value, self.limits.qmin, self.limits.qmax))
         t = torch.tanh(x)
         # A quotient: the largest weight comes to lie exactly on the outermost level, not beyond it.
-        position = t / self._largest(t) * (1.0 / unit_step(self)) + self.codes.zero_point
-        return F.clamp(position, self.codes.qmin, self.codes.qmax)
+        position = t / self._largest(t) * (1.0 / unit_step(self)) + self.limits.zero_point
+        return F.clamp(position, self.limits.qmin, self.limits.qmax)
 
-    def decode(self, value: Tensor, v: Tensor) -> Tensor:
-        """Not possible: see `decode_for`."""
-        raise TypeError("the levels are a function of the weights; use decode_for(x, value, v).")
-
-    def decode_for(self, x: Tensor, value: Tensor, v: Tensor) -> Tensor:
+    def decode(self, value: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """Real values of positions."""
-        return F.decode(value, self.scale(x), self.codes)
+        return F.decode(value, self.scale(x), self.limits)
 
     def _largest(self, t: Tensor) -> Tensor:
-        largest = F.positive(t.abs().amax(other_dims(t, self.spec.channel_axis), keepdim=True))
+        largest = F.positive(t.abs().amax(F.other_dims(t, self.spec.channel_axis), keepdim=True))
         return largest if self.exact else largest.detach()
 
 

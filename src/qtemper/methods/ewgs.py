@@ -137,22 +137,22 @@ class LearnedBounds(Grid):
 
     def set_scale(self, scale: Tensor) -> None:
         """Put the bounds on the outermost levels of the calibrated grid."""
-        self.lower.copy_((self.codes.qmin - self.codes.zero_point) * scale)
-        self.upper.copy_((self.codes.qmax - self.codes.zero_point) * scale)
+        self.lower.copy_((self.limits.qmin - self.limits.zero_point) * scale)
+        self.upper.copy_((self.limits.qmax - self.limits.zero_point) * scale)
 
     def scale(self, x: Tensor) -> Tensor:
         """Bin size, `(upper - lower) / (2**b - 1)`, kept positive."""
         width = F.positive(self.upper - self.lower)
-        return self.per_channel(x, width / (self.codes.qmax - self.codes.qmin))
+        return self.per_channel(x, width / (self.limits.qmax - self.limits.qmin))
 
     def encode(self, x: Tensor) -> Tensor:
         """`(2**b - 1) * clamp((x - lower) / (upper - lower), 0, 1) + qmin`, autograd's gradient to the bounds."""
         position = (x - self.per_channel(x, self.lower)) / self.scale(x)
-        return torch.clamp(position + self.codes.qmin, self.codes.qmin, self.codes.qmax)
+        return torch.clamp(position + self.limits.qmin, self.limits.qmin, self.limits.qmax)
 
-    def decode(self, value: Tensor, v: Tensor) -> Tensor:
+    def decode(self, value: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """`(value - qmin) * scale + lower`."""
-        return (value - self.codes.qmin) * self.scale(v) + self.per_channel(v, self.lower)
+        return (value - self.limits.qmin) * self.scale(v) + self.per_channel(v, self.lower)
 
 
 @final

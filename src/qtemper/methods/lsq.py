@@ -57,19 +57,19 @@ class LearnedStep(Grid):
 
     def encode(self, x: Tensor) -> Tensor:
         """Position of `x`; the gradient of the step is in `decode`."""
-        return F.encode(x, self.scale(x).detach(), self.codes)
+        return F.encode(x, self.scale(x).detach(), self.limits)
 
-    def decode(self, value: Tensor, v: Tensor) -> Tensor:
+    def decode(self, value: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """Real values of positions, training the step."""
         scale = F.scale_gradient(self.scale(v), self.gradient_scale(v))
-        return F.decode_learned_step(value, v, scale, self.codes)
+        return F.decode_learned_step(value, v, scale, self.limits)
 
     def gradient_scale(self, v: Tensor) -> float:
         """`1 / sqrt(N * Q_P)`."""
         count = v.numel() // (max(v.shape[0], 1) if self.batched else 1)
         if self.spec.channel_axis is not None:
             count //= max(v.shape[self.spec.channel_axis], 1)
-        return 1.0 / math.sqrt(max(count, 1) * (self.codes.qmax or -self.codes.qmin))
+        return 1.0 / math.sqrt(max(count, 1) * (self.limits.qmax or -self.limits.qmin))
 
 
 @final

@@ -51,7 +51,7 @@ class LearnedStepAndOffset(Grid):
     def set_scale(self, scale: Tensor) -> None:
         """Take the calibrated bin size; begin where the calibrated grid begins."""
         self.step.copy_(scale.clamp_min(F.SCALE_FLOOR))
-        self.offset.copy_((self.codes.qmin - self.codes.zero_point) * scale)
+        self.offset.copy_((self.limits.qmin - self.limits.zero_point) * scale)
 
     def scale(self, x: Tensor) -> Tensor:
         """The learned bin size, broadcastable to `x`."""
@@ -62,7 +62,7 @@ class LearnedStepAndOffset(Grid):
         offset = self.per_channel(x, self.offset).detach()
         return F.encode(x - offset, self.scale(x).detach(), self._from_zero())
 
-    def decode(self, value: Tensor, v: Tensor) -> Tensor:
+    def decode(self, value: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """`s * q + beta`, training both."""
         codes, factor = self._from_zero(), self.gradient_scale(v)
         offset = F.scale_gradient(self.per_channel(v, self.offset), factor)
@@ -76,11 +76,11 @@ class LearnedStepAndOffset(Grid):
         count = v.numel() // max(v.shape[0], 1)
         if self.spec.channel_axis is not None:
             count //= max(v.shape[self.spec.channel_axis], 1)
-        return 1.0 / math.sqrt(max(count, 1) * (self.codes.qmax - self.codes.qmin))
+        return 1.0 / math.sqrt(max(count, 1) * (self.limits.qmax - self.limits.qmin))
 
     def _from_zero(self) -> CodeRange:
         """Our codes, with the lowest one standing for zero, that is for beta."""
-        qmin, qmax, _ = self.codes
+        qmin, qmax, _ = self.limits
         return CodeRange(qmin, qmax, float(qmin))
 
 

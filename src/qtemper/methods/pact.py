@@ -66,20 +66,20 @@ class LearnedClip(Grid):
 
     def encode(self, x: Tensor) -> Tensor:
         """Position of `x`; the gradient of alpha is in `decode`."""
-        return F.encode(x, self.scale(x).detach(), self.codes)
+        return F.encode(x, self.scale(x).detach(), self.limits)
 
-    def decode(self, value: Tensor, v: Tensor) -> Tensor:
+    def decode(self, value: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """Real values of positions, training alpha by the clipped ones."""
         scale = self.scale(v)
         position = v.detach()
-        relative = position - self.codes.zero_point
-        clipped = relative - F.keep_between(relative, position, self.codes.qmin, self.codes.qmax)
+        relative = position - self.limits.zero_point
+        clipped = relative - F.keep_between(relative, position, self.limits.qmin, self.limits.qmax)
         # The last product is 0; its gradient is alpha's.
-        return F.decode(value, scale.detach(), self.codes) + clipped * (scale - scale.detach())
+        return F.decode(value, scale.detach(), self.limits) + clipped * (scale - scale.detach())
 
     def _bins(self) -> float:
         """Number of bins between zero and alpha; on a grid without positive levels, to the lowest level."""
-        qmin, qmax, zero_point = self.codes
+        qmin, qmax, zero_point = self.limits
         return (qmax - zero_point) or (zero_point - qmin)
 
 

@@ -83,7 +83,7 @@ class NormGrid(Grid):
 
     def scale(self, x: Tensor) -> Tensor:
         """Bin size from `x`, with its gradient; for blocks in the shape of `x`."""
-        top = self.codes.qmax - self.codes.zero_point or -self.codes.qmin
+        top = self.limits.qmax - self.limits.zero_point or -self.limits.qmin
         axis = self.spec.channel_axis
         moved = x if axis is None else x.movedim(axis, 0)
         rows = moved.reshape(1 if axis is None else x.shape[axis], -1)
@@ -94,28 +94,20 @@ class NormGrid(Grid):
         return self.per_channel(x, F.positive(magnitude(rows, self.mode) / top))
 
     def encode(self, x: Tensor) -> Tensor:
-        """Position of `x`; the gradient of the scale is in `decode_for`."""
-        position = x / self.scale(x).detach() + self.codes.zero_point
+        """Position of `x`; the gradient of the scale is in `decode`."""
+        position = x / self.scale(x).detach() + self.limits.zero_point
         # On all grids but the signed one of one bit nothing lies outside but by rounding errors, so the gradient passes
         # everywhere: above all at the largest.
-        return F.replace_value(position, torch.clamp(position.detach(), self.codes.qmin, self.codes.qmax))
+        return F.replace_value(position, torch.clamp(position.detach(), self.limits.qmin, self.limits.qmax))
 
-    def decode(self, value: Tensor, v: Tensor) -> Tensor:
-        """Not without the weights.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError("the levels are a function of the weights; use decode_for(x, value, v).")
-
-    def decode_for(self, x: Tensor, value: Tensor, v: Tensor) -> Tensor:
+    def decode(self, value: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """Real values of positions; `sum g * (value - v)` to the scale."""
         scale = self.scale(x)
         fixed = scale.detach()
         if not self.scale_gradient:
-            return F.decode(value, fixed, self.codes)
+            return F.decode(value, fixed, self.limits)
         # The second term is zero. LSQ's formula would take the largest weight, which is on the bound, for clipped.
-        return F.decode(value, fixed, self.codes) + (value - v).detach() * (scale - fixed)
+        return F.decode(value, fixed, self.limits) + (value - v).detach() * (scale - fixed)
 
 
 @final

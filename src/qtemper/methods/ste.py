@@ -42,7 +42,7 @@ class FixedStep(Grid):
         """Take the calibrated bin size."""
         self.step.copy_(scale.clamp_min(F.SCALE_FLOOR))
         if self.outermost is not None:
-            qmin, qmax, zero_point = self.codes
+            qmin, qmax, zero_point = self.limits
             self.step.fill_(self.outermost / max(qmax - zero_point, zero_point - qmin))
 
     def scale(self, x: Tensor) -> Tensor:
@@ -51,11 +51,11 @@ class FixedStep(Grid):
 
     def encode(self, x: Tensor) -> Tensor:
         """Position of `x` on the grid."""
-        return F.encode(x, self.scale(x), self.codes)
+        return F.encode(x, self.scale(x), self.limits)
 
-    def decode(self, value: Tensor, v: Tensor) -> Tensor:
+    def decode(self, value: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """Real values of positions."""
-        return F.decode(value, self.scale(v), self.codes)
+        return F.decode(value, self.scale(v), self.limits)
 
 
 @final

@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from qtemper.errors import CheckpointError
-from qtemper.train.files import write_atomically
+from qtemper.files import write_atomically
 from qtemper.train.processes import total
 
 

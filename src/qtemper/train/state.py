@@ -24,9 +24,9 @@ from torch import nn
 
 from qtemper.environment import version
 from qtemper.errors import CheckpointError
-from qtemper.train.files import sync_directory, write_synced
+from qtemper.files import sync_directory, write_synced
 from qtemper.train.snapshot import TrainState, capture, differences, not_finite, restore, shorten
-from qtemper.train.weights import check_fit, load_strictly, one_line, read_safetensors, to_bytes
+from qtemper.weights import check_fit, load_strictly, one_line, read_safetensors, to_bytes
 
 KEEP = 2
 """Number of sound checkpoints that stay on disk."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from qtemper.errors import CheckpointError
+from qtemper.files import write_atomically
 from qtemper.layers import without_quantizers
-from qtemper.train.files import write_atomically
 
 
 def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
