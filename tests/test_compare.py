@@ -138,7 +138,7 @@ def test_runs_of_another_float_network_are_refused(tmp_path):
         record.require_same_start([run], tmp_path, None)
 
 
-def test_a_record_keeps_one_line_a_run_and_a_float_network(tmp_path):
+def test_a_record_keeps_one_line_a_run_a_float_network_and_a_processor(tmp_path):
     path = tmp_path / "r.jsonl"
     run = a_run(tmp_path)
     lines = [Record(run, "done", environment={"init_sha256": sha}) for sha in (None, "a")]
@@ -147,9 +147,10 @@ def test_a_record_keeps_one_line_a_run_and_a_float_network(tmp_path):
     with path.open("a") as file:
         file.write('{"config_hash": "cut o')  # a crash
     other = Record(run, "diverged", environment={"init_sha256": "b"})
-    assert record.append_lines([*lines, other], path) == (1, 2)
-    assert record.read_keys(path) == {line.key for line in [*lines, other]}
-    assert len(path.read_text().splitlines()) == 3
+    elsewhere = Record(run, "done", environment={"init_sha256": "a", "cpu_flags": ["avx2"]})
+    assert record.append_lines([*lines, other, elsewhere], path) == (2, 2)
+    assert record.read_keys(path) == {line.key for line in [*lines, other, elsewhere]}
+    assert len(path.read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize("content", ['{"a": 1}\n', "[]\n", '{"config_hash"\n{}\n'])

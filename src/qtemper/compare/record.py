@@ -16,8 +16,8 @@ from qtemper.files import digest, write_atomically
 State = Literal["waiting", "started", "done", "diverged", "failed", "pruned"]
 
 
-Key = tuple[str, str, str | None]
-"""Configuration, arm and float network: what tells two lines of a record apart."""
+Key = tuple[str, str, str | None, str]
+"""Configuration, arm, float network and processor (other last bits, another run): what tells two lines apart."""
 
 
 def outcome_path(run: Run, root: Path) -> Path:
@@ -56,7 +56,7 @@ class Record:
     @property
     def key(self) -> Key:
         """What tells its line apart."""
-        return self.run.config_hash, self.run.arm.label, self.environment.get("init_sha256")
+        return _key(self.line())
 
     @property
     def progress(self) -> float:
@@ -150,13 +150,18 @@ def read_keys(path: Path) -> set[Key]:
     known, lines = set(), text.splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            data = json.loads(line)
-            known.add((str(data["config_hash"]), str(data["arm"]), data.get("init_sha256")))
+            data = dict(json.loads(line))
+            known.add(_key(data))
         except (ValueError, KeyError, TypeError):
             if number == len(lines) and not text.endswith("\n"):
                 continue
             raise ConfigError(f"line {number} of {path} is no run; give --record another file, or mend it.") from None
     return known
+
+
+def _key(line: dict[str, Any]) -> Key:
+    flags = ",".join(line.get("cpu_flags") or [])
+    return str(line["config_hash"]), str(line["arm"]), line.get("init_sha256"), line.get("gpu") or flags
 
 
 def append_lines(records: list[Record], path: Path) -> tuple[int, int]:
@@ -199,7 +204,7 @@ def _epochs(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            data = json.loads(line)
+            data = dict(json.loads(line))
         except ValueError:
             continue  # the line that was being written when the process died
         if isinstance(data, dict) and "epoch" in data:
