@@ -287,6 +287,7 @@ PREPARE: list[Row] = [
         ("'unusd'", "matches no layer", "'unused'"),
     ),
     ("plan-granularity", lambda tmp: edited_plan(granularity="chanel"), ("2, weight", "'chanel'", "'channel'")),
+    ("plan-unsigned-weight", lambda tmp: edited_plan(levels="unsigned"), ("2, weight", "'signed' or 'symmetric'")),
     ("plan-field", lambda tmp: edited_plan(bit=8), ("'bit'", "'bits'")),
     (
         "prepare-nothing",

@@ -32,8 +32,9 @@ class Rule:
         pattern: shell-style wildcard for the layer's name, e.g. `layer1.*.conv2`, `*downsample*`.
         weight: bits of the weight, 1 to 8, or 32 for float.
         activation: bits of the input, 1 to 8, or 32 for float.
-        weight_levels: kind of grid of the weight.
-        activation_levels: kind of grid of the input.
+        weight_levels: kind of grid of the weight: `signed` (zero point 0, what others call symmetric) or `symmetric`
+            (mid-rise: as many levels on either side and none at 0); see `functional.code_range`.
+        activation_levels: kind of grid of the input; `unsigned`, too.
         weight_granularity: one scale per `tensor` or per output `channel`.
         activation_granularity: one scale per `tensor` or per input `channel`.
         train_input: whether the scale of the input is trained, or stays as calibrated.
@@ -124,6 +125,10 @@ class Row:
 
     def __post_init__(self) -> None:
         check_choices(self, f"{self.layer}, {self.tensor}")
+        if self.tensor == "weight" and self.levels == "unsigned":
+            raise ConfigError(
+                f"{self.layer}, weight: levels must be 'signed' or 'symmetric'; weights have either sign."
+            )
 
 
 class Plan:
