@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 
 from qtemper.compare import record, report, schedule
-from qtemper.compare.grid import Arm, Run, expand, make_runs
+from qtemper.compare.grid import Arm, Run, make_runs, settings
 from qtemper.compare.launch import LocalProcesses, Options
 from qtemper.data import open_source
 from qtemper.errors import ConfigError, optional_module
@@ -80,7 +80,7 @@ class Grid:
         return self._run(f"{self.dataset}-resnet20-{bits.lower()}-{method}-400ep", label, (), seed)
 
     def _run(self, recipe: str, label: str, own: tuple[str, ...], seed: int) -> Run:
-        (run,) = make_runs(recipe, [], [Arm(label, tuple(expand((*own, *self.assignments))))], [seed])
+        (run,) = make_runs(recipe, [], [Arm(label, tuple(settings((*own, *self.assignments))))], [seed])
         return run
 
 
@@ -163,6 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
         optional_module("scipy.stats", "compare")
         if given.dataset != "digits" and not torch.cuda.is_available():
             say("no CUDA device is visible: on a CPU these runs take days")
+        if given.record is not None:
+            record.read_keys(given.record)
         runs = grid.runs()
         open_source(runs[0].experiment.data, given.data)
         finished = fill(grid, Options(given.out, given.data, given.init), given.jobs, given.stop_after, say)

@@ -130,7 +130,7 @@ def test_a_small_last_batch_weighs_what_it_has():
     assert model[0].momentum == 0.3
     statistics = model[0].running_mean.clone()
     with pytest.raises(CalibrationError, match="too small"):
-        qtemper.calibrate(model, [*batches, torch.randn(1, 3)], batch_norm=True)
+        qtemper.calibrate(model, [torch.randn(9, 3) + 1, torch.randn(1, 3)], batch_norm=True)
     assert torch.equal(model[0].running_mean, statistics)
 
 

@@ -42,6 +42,7 @@ def test_first_seed_of_every_arm_runs_first():
 def test_an_axis_of_lists():
     arms = grid.make_arms(["train.optim.schedule.milestones=[0.5,0.75],[0.3]"], [])
     assert [a.label.partition("=")[2] for a in arms] == ["[0.5,0.75]", "[0.3]"]
+    assert len(grid.make_arms(['stages=[{"bits":"W8A8","epochs":2},{"bits":"W4A4","epochs":2}],[]'], [])) == 2
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_runs_of_another_float_network_are_refused(tmp_path):
 def test_a_record_keeps_one_line_a_run_a_float_network_and_a_processor(tmp_path):
     path = tmp_path / "r.jsonl"
     run = a_run(tmp_path)
-    lines = [Record(run, "done", environment={"init_sha256": sha}) for sha in (None, "a")]
+    lines = [Record(run, "done", environment={"init_sha256": sha}) for sha in ("z", "a")]
     assert record.append_lines(lines[:1], path) == (1, 0)
     assert record.append_lines(lines, path) == (1, 1)
     with path.open("a") as file:
@@ -151,6 +152,12 @@ def test_a_record_keeps_one_line_a_run_a_float_network_and_a_processor(tmp_path)
     assert record.append_lines([*lines, other, elsewhere], path) == (2, 2)
     assert record.read_keys(path) == {line.key for line in [*lines, other, elsewhere]}
     assert len(path.read_text().splitlines()) == 4
+
+
+def test_a_line_of_the_time_before_float_networks_were_recorded_counts_as_of_any(tmp_path):
+    path, run = tmp_path / "r.jsonl", a_run(tmp_path)
+    assert record.append_lines([Record(run, "done")], path) == (1, 0)
+    assert record.append_lines([Record(run, "done", environment={"init_sha256": "a"})], path) == (0, 1)
 
 
 @pytest.mark.parametrize("content", ['{"a": 1}\n', "[]\n", '{"config_hash"\n{}\n'])

@@ -96,13 +96,14 @@ def reestimate_batch_norm(
     before = [({name: tensor.clone() for name, tensor in norm.named_buffers()}, norm.momentum) for norm in norms]
     seen = dict.fromkeys(norms, 0)
 
-    def weigh(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def weigh(norm: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-        count = inputs[0].numel() // inputs[0].shape[1]
+        x = inputs[0] if inputs else named["input"]
+        count = x.numel() // x.shape[1]
         seen[norm] += count
         norm.momentum = count / max(1, seen[norm])
 
-    hooks = [norm.register_forward_pre_hook(weigh) for norm in norms]
+    hooks = [norm.register_forward_pre_hook(weigh, with_kwargs=True) for norm in norms]
     done = False
     with eval_mode(model), torch.no_grad():
         for norm in norms:

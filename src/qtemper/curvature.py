@@ -67,7 +67,7 @@ def update_curvature(
         found = [_one_batch(model, targets, loss, b, max_draws, tolerance, (seed, i)) for i, b in enumerate(batches)]
     if not found:
         raise ValueError("update_curvature got no batches; pass at least one.")
-    means = torch.tensor(found, dtype=torch.float64).mean(dim=0)
+    means = torch.tensor(found, dtype=torch.float64).nanmean(dim=0)
     result = {}
     for (name, quantizer), (diagonal, std) in zip(targets.items(), means.tolist(), strict=True):
         if math.isfinite(diagonal):

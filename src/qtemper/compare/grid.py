@@ -16,8 +16,6 @@ from qtemper.recipes import get_recipe
 
 ASSIGNMENTS_SEPARATOR = ";"
 
-OUTSIDE_BRACKETS = r",(?![^\[{]*[\]}])"
-"""A comma that separates values, and not those of a list."""
 
 YOUNGER = {("data", "held_out"): 0}
 """Settings that came after the first comparisons, which go on: at this default they do not enter a run's hash."""
@@ -87,7 +85,7 @@ def make_arms(vary: list[str], arms: list[str]) -> list[Arm]:
         path, equals, values = axis.partition("=")
         if not equals or not path.strip() or not values.strip():
             raise ConfigError(f"cannot read {axis!r}; write --vary path=value,value.")
-        axes.append([f"{path.strip()}={value.strip()}" for value in re.split(OUTSIDE_BRACKETS, values)])
+        axes.append([f"{path.strip()}={value.strip()}" for value in _split(values)])
     found = [Arm(" ".join(choice), tuple(choice)) for choice in itertools.product(*axes)] if axes else []
     for text in arms:
         label, colon, rest = text.partition(":")
@@ -101,6 +99,18 @@ def make_arms(vary: list[str], arms: list[str]) -> list[Arm]:
         if labels.count(label) > 1:
             raise ConfigError(f"two arms are called {label!r}; give each its own label.")
     return [Arm(arm.label, tuple(settings(arm.assignments))) for arm in found]
+
+
+def _split(values: str) -> list[str]:
+    """At commas, but not within the brackets of a list or an object."""
+    parts, depth = [""], 0
+    for character in values:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def read_arms(path: Path) -> list[str]:

@@ -175,13 +175,14 @@ def append_lines(records: list[Record], path: Path) -> tuple[int, int]:
     """
     known = read_keys(path)
     ended = [record for record in records if record.state in ("done", "diverged")]
-    fresh = [record.line() for record in ended if record.key not in known]
+    # Lines of the time before they told the float network count as of any.
+    fresh = [r.line() for r in ended if not {r.key, (*r.key[:2], None, r.key[3])} & known]
     if fresh:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             there = path.read_bytes() if path.exists() else b""
             tail = there[there.rfind(b"\n") + 1 :]
-            if tail and not tail.endswith(b"}"):  # cut off by a crash
+            if tail and not _is_json(tail):  # cut off by a crash
                 os.truncate(path, len(there) - len(tail))
                 tail = b""
             # One write at the end, so that two commands may record into one file.
@@ -190,6 +191,14 @@ def append_lines(records: list[Record], path: Path) -> tuple[int, int]:
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error.strerror or error}.") from None
     return len(fresh), len(ended) - len(fresh)
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -204,7 +213,7 @@ def _epochs(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            data = dict(json.loads(line))
+            data = json.loads(line)
         except ValueError:
             continue  # the line that was being written when the process died
         if isinstance(data, dict) and "epoch" in data:

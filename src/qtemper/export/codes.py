@@ -70,10 +70,8 @@ def require_quantized(model: nn.Module) -> None:
         raise ExportError("the model has no quantized layers; prepare, calibrate and train it first.")
     for _, quantizer in quantizers(model):
         quantizer.require_calibrated()
-    parameters = dict(model.named_parameters())
-    for name, tensor in model.state_dict().items():
-        # A buffer may be infinite: an attention's mask.
-        if tensor.isnan().any() or (name in parameters and tensor.isinf().any()):
+    for name, tensor in model.named_parameters():  # a buffer may be infinite: an attention's mask
+        if tensor.requires_grad and not torch.isfinite(tensor).all():
             raise ExportError(f"{name} has NaN or infinite values; export a model that has not diverged.")
 
 

@@ -117,6 +117,9 @@ class Report:
             own = [c for c in self.counts if (c.runtime, c.inputs) == (runtime, inputs) and not c.real]
             wrong, codes, largest = sum(c.wrong for c in own), sum(c.codes for c in own), max(c.largest for c in own)
             lines.append(f"{runtime + ', ' + inputs:36s} {wrong} of {codes} codes wrong, by at most {largest:g}")
+        for c in self.counts:
+            if c.inputs == "the trained model":
+                lines.append(f"{'output, beside the trained model':36s} differs by at most {c.largest:g}")
         lines += [f"{runtime:36s} not run: {message}" for runtime, message in self.not_run.items()]
         if self.operators:
             none = "" if self.kernels[0] else ": no layer has both its operands quantized"

@@ -117,12 +117,27 @@ def _refuse_changed_views(graph: fx.Graph) -> None:
 
 def _viewed(node: fx.Node) -> fx.Node | None:
     """The node whose memory a node shows."""
-    if not node.args or not isinstance(node.args[0], fx.Node):
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
         return None
     if node.target is operator.getitem:
-        return node.args[0]
-    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
-    return node.args[0] if any(value.alias_info is not None for value in returns) else None
+        origin = source.args[0] if source.args and isinstance(source.args[0], fx.Node) else source
+        return source if _share_memory(node, origin) else None
+    if node.target is torch.ops.aten.dropout.default:  # its input itself in eval mode, which its schema does not say
+        return source
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    schema = node.target._schema
+    may = any(value.alias_info is not None for value in schema.returns)
+    return source if may and (schema.is_mutable or _share_memory(node, source)) else None
+
+
+def _share_memory(node: fx.Node, source: fx.Node) -> bool:
+    """Whether they did while tracing; `reshape`, for one, may have copied."""
+    a, b = node.meta.get("val"), source.meta.get("val")
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return True
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def run_marked(graph: fx.GraphModule, model: nn.Module, example: Tensor, watch: set[fx.Node]) -> dict[fx.Node, Tensor]:

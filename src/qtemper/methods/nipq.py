@@ -57,8 +57,8 @@ def sample_errors(v: Tensor, u: Tensor, inside: Tensor) -> Tensor:
     # The bin of each rank, counted up where a bin ends: what a search of each element's would find, in a sixth of the
     # time. An empty row has none, and nothing inside that could use it.
     ends = torch.zeros(rows, v.shape[1] + 1, device=v.device, dtype=torch.float32)
-    ends = ends.scatter_add(1, cumulative.to(torch.int64), torch.ones_like(cumulative))
-    rank = torch.floor(u * cumulative[:, -1:]).to(torch.int64)
+    ends = ends.scatter_add(1, cumulative.to(torch.int64).clamp(max=v.shape[1]), torch.ones_like(cumulative))
+    rank = torch.floor(u * cumulative[:, -1:]).to(torch.int64).clamp(max=v.shape[1])
     found = ends.cumsum(1).gather(1, rank).clamp(max=255)
     return (found.to(v.dtype) + 0.5) / 256 - 0.5
 
