@@ -24,7 +24,7 @@ from torch import nn
 
 from qtemper.environment import version
 from qtemper.errors import CheckpointError
-from qtemper.files import sync_directory, write_synced
+from qtemper.files import digest, sync_directory, write_synced
 from qtemper.train.snapshot import TrainState, capture, differences, not_finite, restore, shorten
 from qtemper.weights import check_fit, load_strictly, one_line, read_safetensors, to_bytes
 
@@ -127,8 +127,8 @@ def _clean(directory: Path) -> None:
 
 def _seal(about: dict[str, Any]) -> bytes:
     """A manifest's bytes; its own sha256 among them, so that damage to the manifest is noticed as well."""
-    digest = _sha256(json.dumps(about, indent=1, sort_keys=True).encode())
-    return json.dumps(about | {"sha256": digest}, indent=1, sort_keys=True).encode()
+    seal = _sha256(json.dumps(about, indent=1, sort_keys=True).encode())
+    return json.dumps(about | {"sha256": seal}, indent=1, sort_keys=True).encode()
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def _damage(path: Path, limit: int | None = None) -> str | None:
             size = file.stat().st_size
             if limit is not None and size > limit:
                 return f"{name} has {size} bytes, more than this model's could"
-            if size != entries[name]["size"] or _sha256_of(file) != entries[name]["sha256"]:
+            if size != entries[name]["size"] or digest(file) != entries[name]["sha256"]:
                 return f"{name} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
@@ -273,11 +273,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
