@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import qtemper
 from qtemper import BitPolicy, Rule, calibrate, get_method, make_plan, prepare, set_progress
@@ -101,6 +102,11 @@ def with_attention() -> nn.Module:
             return self.head(self.mixer(x, x, x)[0])
 
     return Net()
+
+
+def pruned(model: nn.Module) -> nn.Module:
+    prune.l1_unstructured(next(m for m in model.modules() if isinstance(m, nn.Linear)), "weight", 0.5)
+    return model
 
 
 def with_weight_norm() -> nn.Module:
@@ -384,6 +390,16 @@ PREPARE: list[Row] = [
         "model-lazy",
         lambda tmp: lambda: prepare(nn.Sequential(nn.LazyLinear(8)), "lsq", ALL),
         ("0 (LazyLinear)", "run one batch"),
+    ),
+    (
+        "model-pruned",
+        lambda tmp: lambda: prepare(pruned(net()), "lsq", ALL),
+        ("0 (Linear)", "pruning", "Rule('0', weight=32, activation=32)"),
+    ),
+    (
+        "model-pruned-after-prepare",
+        lambda tmp: lambda: calibrate(pruned(prepared()), [batch()]),
+        ("QuantLinear", "pruned", "before prepare"),
     ),
     (
         "prepare-twice",

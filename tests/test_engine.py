@@ -23,6 +23,7 @@ from qtemper import BitPolicy, calibrate, get_method, prepare, quantizers
 from qtemper.data import ImageData, MemorySource, Split
 from qtemper.errors import CheckpointError
 from qtemper.models import SmallConvNet
+from qtemper.progress import temperature
 from qtemper.quantizer import Method
 from qtemper.schedules import Constant, Cosine, Exponential, Linear, Step
 from qtemper.train import (
@@ -34,7 +35,6 @@ from qtemper.train import (
     evaluate,
     fit,
 )
-from qtemper.train.evaluation import temperature
 from qtemper.train.metrics import MetricsLog
 from qtemper.train.optim import build_loss, build_optimizers, set_learning_rate
 from qtemper.train.snapshot import TrainState

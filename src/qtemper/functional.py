@@ -18,6 +18,7 @@ Every function here accepts any shape and float dtype unless it says otherwise.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -316,3 +317,15 @@ def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
 def other_dims(x: Tensor, axis: int | None) -> list[int]:
     """The dimensions of `x` that share a scale: all but the channel axis."""
     return [d for d in range(x.dim()) if axis is None or d != axis % x.dim()]
+
+
+def elements_per_scale(shape: torch.Size, channel_axis: int | None, *, batched: bool) -> int:
+    """How many elements of one sample share a scale, at least 1: LSQ's N.
+
+    Args:
+        shape: of the tensor.
+        channel_axis: dimension with one scale per index, or None for one scale per tensor.
+        batched: whether dimension 0 is the batch, which does not count.
+    """
+    alone = {axis % len(shape) for axis in (channel_axis, 0 if batched else None) if axis is not None}
+    return max(1, math.prod(size for axis, size in enumerate(shape) if axis not in alone))

@@ -13,6 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from qtemper.errors import UnsupportedModuleError
 from qtemper.fast import fast_path
 from qtemper.fast import layer as fast
 from qtemper.quantizer import Quantizer
@@ -70,8 +71,12 @@ class QuantLayer(nn.Module):
     @property
     def latent_weight(self) -> nn.Parameter:
         """The float weight that the optimizer trains."""
-        latent = self._parameters["weight"]
-        assert latent is not None
+        latent = self._parameters.get("weight")
+        if latent is None:
+            raise UnsupportedModuleError(
+                f"a {type(self).__name__} has lost the weight that it quantizes (pruned or parametrized since?); do "
+                "that to the float network, and make it permanent (prune.remove), before prepare."
+            )
         return latent
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:

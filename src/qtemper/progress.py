@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from qtemper.quantizer import quantizers
 
@@ -25,6 +25,14 @@ def set_progress(model: nn.Module, progress: float) -> None:
         found = True
     if not found:
         raise ValueError("the model has no quantizers; call qtemper.prepare(model, method, policy) first.")
+
+
+def temperature(model: nn.Module) -> float | None:
+    """The highest temperature of the model's quantizers, or None where none has any."""
+    found = [
+        float(t) for _, q in quantizers(model) if isinstance(t := getattr(q.rounding, "temperature", None), Tensor)
+    ]
+    return max(found) if found else None
 
 
 class Tempering:

@@ -21,8 +21,9 @@ from qtemper.data.images import (
     NORMALIZATIONS,
     Batches,
     DataError,
-    batch_share,
+    check_batch,
     epoch_order,
+    epoch_share,
     normalize,
 )
 from qtemper.errors import optional_module
@@ -104,20 +105,11 @@ class ImageFiles:
             While they are read, a `DataError` names an image that is damaged or missing, or says that a worker died.
 
         Raises:
-            ValueError: if no batch is full, `first_step` is not one of the epoch's steps, or the batch does not divide
-                by `world_size`.
+            ValueError: see `images.epoch_share`.
         """
-        _check(batch_size, rank, world_size)
-        share = batch_share(batch_size, world_size)
-        if batch_size > self.train_size:
-            raise ValueError(
-                f"batch_size {batch_size} is more than the {self.train_size} images: no batch is full; lower it."
-            )
+        share, num_steps = epoch_share(self.train_size, batch_size, first_step, rank, world_size)
         if self.train is self.test:
             warnings.warn("there is no folder train: the network trains on its test images.", stacklevel=2)
-        num_steps = self.train_size // batch_size
-        if not 0 <= first_step <= num_steps:
-            raise ValueError(f"first_step must be 0 to {num_steps} (batches per epoch), got {first_step}.")
         keys = _ordered(self.train, (seed, epoch), first_step * batch_size, num_steps * batch_size)
         shares = (batch[rank * share : (rank + 1) * share] for batch in _chunks(keys, batch_size))
         crops = (seed, epoch, self.flip)
@@ -134,13 +126,13 @@ class ImageFiles:
         Raises:
             ValueError: if `batch_size` or `rank` is out of range.
         """
-        _check(batch_size, rank, world_size)
+        check_batch(batch_size, rank, world_size)
         batches = islice(_chunks(_ordered(self.test, None, 0, self.test_size), batch_size), rank, None, world_size)
         return self._batches(_Decoder(self.test, self.image_size, self.skip_limit), batches)
 
     def calibration_batches(self, batch_size: int, count: int, *, seed: int) -> list[Tensor]:
         """Training images without augmentation, prepared as for evaluation: `count` batches drawn by the seed."""
-        _check(batch_size, 0, 1)
+        check_batch(batch_size)
         keys = _ordered(self.train, (seed, 0), 0, min(self.train_size, batch_size * count))
         decoder = _Decoder(self.train, self.image_size, self.skip_limit)
         return [images for images, _ in self._batches(decoder, _chunks(keys, batch_size))]
@@ -266,10 +258,3 @@ def _chunks(keys: Iterable[_Key], size: int) -> Iterator[list[_Key]]:
 
 def _same(batch: Any) -> Any:
     return batch
-
-
-def _check(batch_size: int, rank: int, world_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be 0 to world_size - 1, got rank {rank} of world_size {world_size}.")

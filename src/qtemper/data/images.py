@@ -185,16 +185,9 @@ def train_batches(
         std: see `normalize`.
 
     Raises:
-        ValueError: if the split has no full batch, `first_step` is not one of the epoch's steps, or the batch does not
-            divide by `world_size`.
+        ValueError: see `epoch_share`.
     """
-    share = batch_share(batch_size, world_size)
-    _check_batch_size(batch_size)
-    if batch_size > len(split):
-        raise ValueError(f"batch_size {batch_size} is more than the {len(split)} images: no batch is full; lower it.")
-    num_steps = len(split) // batch_size
-    if not 0 <= first_step <= num_steps:
-        raise ValueError(f"first_step must be 0 to {num_steps} (batches per epoch), got {first_step}.")
+    share, num_steps = epoch_share(len(split), batch_size, first_step, rank, world_size)
     device = split.images.device
     order = epoch_order(len(split), seed=seed, epoch=epoch).to(device)
     shift, width = _on_device(mean, device), _on_device(std, device)  # once: a copy makes a GPU wait
@@ -206,6 +199,23 @@ def train_batches(
         return normalize(images, shift, width), split.labels[index]
 
     return map(batch, range(first_step, num_steps))
+
+
+def epoch_share(images: int, batch_size: int, first_step: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Images of a batch that one process gets, and full batches of an epoch.
+
+    Raises:
+        ValueError: if no batch is full, `first_step` is not one of the epoch's steps, `rank` is not below `world_size`,
+            or the batch does not divide by it.
+    """
+    check_batch(batch_size, rank, world_size)
+    share = batch_share(batch_size, world_size)
+    if batch_size > images:
+        raise ValueError(f"batch_size {batch_size} is more than the {images} images: no batch is full; lower it.")
+    num_steps = images // batch_size
+    if not 0 <= first_step <= num_steps:
+        raise ValueError(f"first_step must be 0 to {num_steps} (batches per epoch), got {first_step}.")
+    return share, num_steps
 
 
 def batch_share(batch_size: int, world_size: int) -> int:
@@ -227,7 +237,7 @@ def test_batches(split: Split, batch_size: int, mean: Sequence[float], std: Sequ
     Raises:
         ValueError: if `batch_size` is below 1.
     """
-    _check_batch_size(batch_size)
+    check_batch(batch_size)
     parts = (slice(first, first + batch_size) for first in range(0, len(split), batch_size))
     return ((normalize(split.images[part], mean, std), split.labels[part]) for part in parts)
 
@@ -236,6 +246,13 @@ def _on_device(values: Sequence[float] | Tensor, device: torch.device) -> Tensor
     return torch.as_tensor(values, dtype=torch.float32, device=device)
 
 
-def _check_batch_size(batch_size: int) -> None:
+def check_batch(batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+    """Whether these numbers can be.
+
+    Raises:
+        ValueError: naming the one that cannot.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be 0 to world_size - 1, got rank {rank} of world_size {world_size}.")

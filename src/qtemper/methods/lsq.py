@@ -66,10 +66,8 @@ class LearnedStep(Grid):
 
     def gradient_scale(self, v: Tensor) -> float:
         """`1 / sqrt(N * Q_P)`."""
-        count = v.numel() // (max(v.shape[0], 1) if self.batched else 1)
-        if self.spec.channel_axis is not None:
-            count //= max(v.shape[self.spec.channel_axis], 1)
-        return 1.0 / math.sqrt(max(count, 1) * (self.limits.qmax or -self.limits.qmin))
+        count = F.elements_per_scale(v.shape, self.spec.channel_axis, batched=self.batched)
+        return 1.0 / math.sqrt(count * (self.limits.qmax or -self.limits.qmin))
 
 
 @final

@@ -73,10 +73,8 @@ class LearnedStepAndOffset(Grid):
 
     def gradient_scale(self, v: Tensor) -> float:
         """`1 / sqrt(N * n)`."""
-        count = v.numel() // max(v.shape[0], 1)
-        if self.spec.channel_axis is not None:
-            count //= max(v.shape[self.spec.channel_axis], 1)
-        return 1.0 / math.sqrt(max(count, 1) * (self.limits.qmax - self.limits.qmin))
+        count = F.elements_per_scale(v.shape, self.spec.channel_axis, batched=True)
+        return 1.0 / math.sqrt(count * (self.limits.qmax - self.limits.qmin))
 
     def _from_zero(self) -> CodeRange:
         """Our codes, with the lowest one standing for zero, that is for beta."""

@@ -19,12 +19,12 @@ from qtemper.data.images import batch_share
 from qtemper.data.source import Source
 from qtemper.errors import CheckpointError
 from qtemper.fast import cached_compilation
-from qtemper.progress import set_progress
+from qtemper.progress import set_progress, temperature
 from qtemper.quantizer import quantizers
+from qtemper.train.accuracy import evaluate
 from qtemper.train.allocator import keep_memory
 from qtemper.train.config import TrainConfig
 from qtemper.train.display import Display
-from qtemper.train.evaluation import evaluate, temperature
 from qtemper.train.metrics import DivergedError, MetricsLog, RunningMetrics
 from qtemper.train.optim import Loss, build_loss, build_optimizers, set_learning_rate
 from qtemper.train.processes import (

@@ -1,4 +1,4 @@
-"""Test accuracy, and the temperature of a model."""
+"""Test accuracy."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import itertools
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import nn
 
 from qtemper.data.source import Source
 from qtemper.modes import eval_mode
-from qtemper.quantizer import quantizers
 from qtemper.train.processes import make_fabric, total
 
 
@@ -26,11 +25,3 @@ def evaluate(model: nn.Module, source: Source, *, batch_size: int = 500, fabric:
         for images, labels in source.test_batches(batch_size, rank=fabric.global_rank, world_size=fabric.world_size):
             correct += (model(images.to(device)).argmax(dim=1) == labels.to(device)).sum()
     return 100.0 * int(total(correct, fabric)) / source.test_size
-
-
-def temperature(model: nn.Module) -> float | None:
-    """The highest temperature of the model's quantizers, or None where none has any."""
-    found = [
-        float(t) for _, q in quantizers(model) if isinstance(t := getattr(q.rounding, "temperature", None), Tensor)
-    ]
-    return max(found) if found else None
