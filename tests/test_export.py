@@ -393,6 +393,15 @@ def test_what_a_target_cannot_hold_is_refused_before_anything_is_written(method,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_tensorrt_is_refused_a_negative_scale_by_the_layers_name(tmp_path):
+    model = small("W8A7", rules=(*ENDS, Rule("linear", activation=7)))
+    layer = model.layer1[0].conv2
+    layer.latent_weight.data[0, 0, 0, 0] = -1000.0  # -128 cannot turn its sign, and the gain of channel 0 is negative
+    with pytest.raises(ExportError, match=r"layer1\.0\.conv2: batch norm turns the sign"):
+        export_onnx(model, images(), tmp_path / "m.onnx", target="tensorrt")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_float_network_and_one_that_diverged_are_refused(tmp_path):
     float_model = ResNetCifar(8).eval()
     diverged = small("W4A4")

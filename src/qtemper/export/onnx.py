@@ -297,9 +297,9 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, *, target: str = 
 
 
 def _require_positive_scales(integers: fx.GraphModule) -> None:
-    for name, buffer in integers.named_buffers():
-        if name.endswith("weight_scale") and (buffer <= 0).any():
-            layer = name.removesuffix("_weight_scale")
+    for node in integers.graph.nodes:
+        if node.target in operators.KERNELS and (integers.get_buffer(node.args[4].target) <= 0).any():
+            layer = integers.meta["layers"].get(node.name, node.name)
             raise ExportError(
                 f"{layer}: batch norm turns the sign of a channel whose 8-bit weight holds -128, and TensorRT takes no "
                 "negative scale; train the layer with 7-bit weights."
