@@ -431,6 +431,29 @@ def test_outputs_are_judged_one_by_one(tmp_path):
     assert tail.largest < 1e-6
 
 
+class Masked(nn.Module):
+    """Rules out a class, or returns its logits twice."""
+
+    def __init__(self, twice):
+        super().__init__()
+        self.body, self.twice = small("W4A4"), twice
+
+    def forward(self, x):
+        logits = self.body(x)
+        return (logits, logits) if self.twice else logits.masked_fill(torch.arange(10) == 3, -torch.inf)
+
+
+def test_a_class_may_be_ruled_out(tmp_path):
+    report = export_and_verify(Masked(twice=False).eval(), images(), tmp_path / "m.onnx", rounds=0)
+    assert all(np.isfinite(c.largest) for c in report.counts if c.layer == "output")
+
+
+def test_a_tensor_that_is_returned_twice_is_refused(tmp_path):
+    with pytest.raises(ExportError, match="returns a tensor twice"):
+        export_and_verify(Masked(twice=True).eval(), images(), tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch copying its own graph
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
 def test_a_file_that_is_wrong_by_some_codes_is_caught_and_not_written(target, tmp_path, monkeypatch):

@@ -113,7 +113,7 @@ def _limit(
     runtime: str, output: fx.Node | None, integers: fx.GraphModule, target: Target, expected: Any
 ) -> Limit | None:
     """What a value of the whole model may differ by; `output` is what makes it if the model returns it."""
-    scale = float(np.abs(expected).max(initial=0.0))
+    scale = _largest(expected)
     if target.quant_nodes:
         return Limit(1.0, FLIPPED * scale) if output else None
     if not any(node.target in KERNELS for node in integers.graph.nodes):  # float sums alone, from end to end
@@ -129,7 +129,13 @@ def _count(runtime: str, inputs: str, layer: str, found: Any, expected: Any, lim
     a, b = found.astype(np.float64), expected.astype(np.float64)
     wrong = int((~(a == b)).sum())  # NaN counts
     real = expected.dtype.kind == "f"
-    return Count(runtime, inputs, layer, real, a.size, wrong, float(np.abs(a - b).max(initial=0.0)), limit)
+    apart = np.subtract(a, b, out=np.zeros_like(a), where=a != b)  # equal infinities are 0 apart
+    return Count(runtime, inputs, layer, real, a.size, wrong, float(np.abs(apart).max(initial=0.0)), limit)
+
+
+def _largest(values: Any) -> float:
+    """Of the numbers that are finite: a classifier may rule out a class with -inf."""
+    return float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
 
 
 def against_training(graph: nn.Module, model: nn.Module, inputs: Tensor, *, exact: bool) -> Count:
@@ -144,7 +150,7 @@ def against_training(graph: nn.Module, model: nn.Module, inputs: Tensor, *, exac
     """
     with torch.no_grad():
         found, expected = (tensors_of(m(inputs))[0].numpy() for m in (graph, model))
-    most = FLIPPED * float(np.abs(expected).max()) if exact else sys.float_info.max
+    most = FLIPPED * _largest(expected) if exact else sys.float_info.max
     return _count("torch", "the trained model", OUTPUT, found, expected, Limit(1.0, most))
 
 
@@ -195,7 +201,7 @@ def _each_layer(
         for runtime, make in judges.items():
             allowed = LIMITS[runtime]
             if allowed is not EXACT and expected.dtype == torch.float32:  # logits: sums that leave the integers
-                allowed = Limit(1.0, FLOAT_TAIL * float(expected.abs().max()))
+                allowed = Limit(1.0, FLOAT_TAIL * _largest(expected.numpy()))
             found = make(alone, [name])(codes.numpy())[name]
             counts.append(_count(runtime, "each layer", layer, found, expected.numpy(), allowed))
     return counts
