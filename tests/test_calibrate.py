@@ -64,6 +64,43 @@ def test_the_other_criteria():
     assert 0.7 * top < clipped < top
 
 
+def test_the_formula_of_lsq_is_over_each_channel_and_nothing_else():
+    layer = nn.Conv2d(4, 4, 3, groups=4)
+    layer.weight.data.fill_(0.1)[:, 0, 0, 0] = 1.0
+    rule = qtemper.Rule("*", weight_granularity="channel")
+    qtemper.prepare(nn.Sequential(layer), "lsq", BitPolicy(4, 4, "same", rules=(rule,)))
+    qtemper.calibrate(layer, [torch.randn(2, 4, 8, 8)], observer="lsq")
+    expected = 2 * (8 * 0.1 + 1.0) / 9 / math.sqrt(7)
+    torch.testing.assert_close(layer.weight_quantizer.grid.step, torch.full((4,), expected))
+
+
+@pytest.mark.parametrize("observer", ["lsq", "ewgs"])
+def test_a_scale_that_nothing_will_train_is_fitted_by_least_squares(observer):
+    def scales(method, observer):
+        torch.manual_seed(0)
+        model = qtemper.prepare(two_layers(), method, BitPolicy(4, 4, "8bit"))
+        qtemper.calibrate(model, [torch.randn(64, 8)], observer=observer)
+        return [q.grid.scale(torch.ones(1, 8)).item() for _, q in qtemper.quantizers(model)]
+
+    assert scales("ste", observer) == scales("ste", "mse")
+    start, fitted = scales("lsq", observer), scales("lsq", "mse")
+    names = [name for name, _ in qtemper.quantizers(qtemper.prepare(two_layers(), "lsq", BitPolicy(4, 4, "8bit")))]
+    same = {name for name, a, b in zip(names, start, fitted, strict=True) if a == b}
+    assert same == {"0.act_quantizer"}  # the network's input at 8 bits keeps its scale
+
+
+def two_layers():
+    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+
+def test_nothing_is_clipped_by_a_rounding_error():
+    x = torch.rand(4096, 16, generator=torch.Generator().manual_seed(0)) - 0.5
+    codes = code_range(4, "symmetric")
+    position = x * search_scale(x, codes, "max")[:, None].reciprocal() + codes.zero_point
+    assert position.min() >= codes.qmin
+    assert position.max() <= codes.qmax
+
+
 @pytest.mark.parametrize("observer", OBSERVERS)
 def test_signs_are_found_out_and_the_mode_is_kept(observer):
     torch.manual_seed(0)

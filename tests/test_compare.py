@@ -16,7 +16,7 @@ from qtemper.compare import grid, launch, record, report, schedule
 from qtemper.compare.launch import Job, Launcher, LocalProcesses, Options, log_path
 from qtemper.compare.record import Record
 from qtemper.compare.table import format_table, summarize
-from qtemper.errors import ConfigError
+from qtemper.errors import IN_USE_EXIT, ConfigError
 from qtemper.run import RunDir
 
 RECIPE = "digits-w2a2-tempering"
@@ -255,11 +255,11 @@ def test_a_run_that_another_process_still_ends_is_waited_for(tmp_path, monkeypat
 
     def say(text):
         said.append(text)
-        if schedule.IN_USE in text:
+        if "is in use by" in text:
             lock.__exit__(None, None, None)
 
     schedule.run_all([run], pool(tmp_path, say))
-    assert any(schedule.IN_USE in text for text in said)
+    assert any("is in use by" in text for text in said)
     assert record.read(run, tmp_path).state == "done"
 
 
@@ -293,7 +293,7 @@ class Ends(Launcher, Job):
 
 def test_words_of_an_earlier_start_do_not_count(tmp_path):
     (run,) = grid.make_runs(RECIPE, [], grid.make_arms([], []), [0])
-    Ends(tmp_path, 2, f"the run {schedule.IN_USE} process 1\n").start(run)
+    Ends(tmp_path, 2, "no such file\n").start(run)
     killed = Ends(tmp_path, -9, "")
     looks = schedule.Pool(killed, tmp_path, 1, lambda text: None)
     looks.start(run)
@@ -307,8 +307,8 @@ def test_words_of_an_earlier_start_do_not_count(tmp_path):
 def test_a_run_in_use_holds_up_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr(schedule, "PAUSE", 1000.0)
     waits, other = grid.make_runs(RECIPE, [], grid.make_arms([], []), [0, 1])
-    words = f"the run {schedule.IN_USE} process 1\nprocess 1: stopped after step 5\n"
-    both = schedule.Pool(Ends(tmp_path, 2, words), tmp_path, 2, lambda text: None)
+    words = "the run is in use by process 1\nprocess 1: stopped after step 5\n"
+    both = schedule.Pool(Ends(tmp_path, IN_USE_EXIT, words), tmp_path, 2, lambda text: None)
     both.start(waits)
     both.collect()
     both.launcher = Ends(tmp_path, 1, "disk full\n")

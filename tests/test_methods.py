@@ -362,8 +362,9 @@ class TestDeltaRules:
         for rule in ("correlation", "gradient"):
             with pytest.raises(ValueError, match="sees none"):
                 NoiseTempering(noise_in="gradient", delta_rule=rule)
-        with pytest.raises(ValueError, match="has no constant"):
-            NoiseTempering(delta_rule="fixed")
+        for given in ({}, {"delta_activation": 0.1}, {"scale_on": "activations", "delta_weight": 0.1}):
+            with pytest.raises(ValueError, match="has no constant"):
+                NoiseTempering(delta_rule="fixed", **given)
         with pytest.warns(UserWarning, match="stays constant"):
             NoiseTempering(noise_on="activations")
 

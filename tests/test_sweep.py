@@ -321,7 +321,7 @@ def test_the_command_stops_in_time_and_goes_on(tmp_path, qtemper):
     assert "top-1 is of 287 training images that were held out" in said
     assert qtemper(*command, "--status").strip() == (tmp_path / "trials.md").read_text().strip()
     with RunDir(tmp_path).lock():
-        assert "is in use by" in qtemper(*command, code=2)
+        assert "is in use by" in qtemper(*command, code=4)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.faults [--quick NAME ...]`: the table on the terminal, as JSON, and in docs/reliability.md."""
+"""`python -m benchmarks.faults [ROW ...]`: the table on the terminal, as JSON, and in docs/reliability.md."""
 
 from __future__ import annotations
 

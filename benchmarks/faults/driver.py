@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import torch
 
 from qtemper import cli, pipeline  # noqa: F401 (imported before the fork)
+from qtemper.errors import IN_USE_EXIT
 
 RECIPE = "digits-w2a2-tempering"
 EPOCHS, STEPS = 3, 11
@@ -71,8 +72,8 @@ class Trial:
 
     @property
     def clear(self) -> bool:
-        """Whether it ended as a user's error should: one line, exit code 2."""
-        return self.code == 2 and len(self.err.strip().splitlines()) == 1 and "Traceback" not in self.err
+        """Whether it ended as a user's error should: one line, exit code 2 (or that of a directory in use)."""
+        return self.code in (2, IN_USE_EXIT) and len(self.err.strip().splitlines()) == 1 and "Traceback" not in self.err
 
 
 class Child:

@@ -46,7 +46,9 @@ def calibrate(
             are usually enough. Batches are moved to the model's device.
         observer: `mse` (least mean squared error), `percentile`, `max` (nothing clipped), `lsq`
             (2 * mean|x| / sqrt(qmax), Esser et al. 2020, section 2.1), or `ewgs` (levels over +-3 standard deviations,
-            or from 0 to 3 of the normal distribution of which a ReLU left half; Lee et al. 2021, their code).
+            or from 0 to 3 of the normal distribution of which a ReLU left half; Lee et al. 2021, their code). The last
+            two are starts for a scale that is learned; one that is not (`ste`'s, that of an 8-bit network input) is
+            fitted by `mse` instead.
         batch_norm: afterwards re-estimate batch-norm statistics in the quantized network from the same batches.
         forward: how to run the model on a batch, if not `model(batch)`.
 
@@ -62,18 +64,32 @@ def calibrate(
         raise ValueError(f"unknown observer {observer!r}; use one of {', '.join(OBSERVERS)}.")
     if not any(True for _ in quantizers(model)):
         raise ValueError("the model has no quantizers; call qtemper.prepare(model, method, policy) first.")
-    if isinstance(batches, Tensor):
-        raise CalibrationError("batches is one tensor; pass a list of batches: [x].")
+    refuse_one_tensor(batches)
     run = forward or _default_forward
     if batch_norm:
         batches = list(batches)
     found = _observe_weights(model) | _observe_activations(model, batches, run)
-    settings = [(q, _fit(name, q.spec, found[q], observer)) for name, q in quantizers(model)]
+    settings = [(q, _fit(name, q.spec, found[q], _observer_of(q, observer))) for name, q in quantizers(model)]
     for quantizer, (levels, scale) in settings:
         quantizer.grid.initialize(levels, scale)
     if batch_norm:
         reestimate_batch_norm(model, batches, forward=run)
     return model
+
+
+def _observer_of(quantizer: Quantizer, observer: Observer) -> Observer:
+    learned = any(parameter.requires_grad for parameter in quantizer.grid.parameters())
+    return observer if learned or observer not in ("lsq", "ewgs") else "mse"
+
+
+def refuse_one_tensor(batches: Iterable[Any]) -> None:
+    """Its rows would be taken for batches.
+
+    Raises:
+        CalibrationError: `batches` is a tensor.
+    """
+    if isinstance(batches, Tensor):
+        raise CalibrationError("batches is one tensor; pass a list of batches: [x].")
 
 
 def reestimate_batch_norm(
@@ -83,12 +99,16 @@ def reestimate_batch_norm(
 
     Only batch-norm layers run in training mode meanwhile; everything else, noise included, in eval mode.
 
+    Args:
+        model: a prepared, calibrated model; its mode is kept.
+        batches: see `calibrate`.
+        forward: see `calibrate`.
+
     Raises:
         CalibrationError: no batches, or one of a single value per channel; the statistics stay as they were.
     """
     run = forward or _default_forward
-    if isinstance(batches, Tensor):
-        raise CalibrationError("batches is one tensor; pass a list of batches: [x].")
+    refuse_one_tensor(batches)
     batches = list(batches)
     if not batches:
         raise CalibrationError("reestimate_batch_norm got no batches; pass at least one (a consumed iterator?).")
@@ -151,6 +171,7 @@ class _Sample:
         self.axis, self.limit = spec.channel_axis, limit
         self.pieces: list[Tensor] = []
         self.low = self.high = torch.tensor(())  # by row
+        self.whole = True
 
     def add(self, x: Tensor) -> None:
         if x.numel() == 0:
@@ -163,15 +184,19 @@ class _Sample:
         self.high = torch.maximum(self.high, high) if self.high.numel() else high
         room = min(self.limit, SAMPLES - sum(piece.numel() for piece in self.pieces)) // rows.shape[0]
         if self.pieces and room < 1:
+            self.whole = False
             return
         if rows.shape[1] > room >= 1:
+            self.whole = False
             # A stride near the golden ratio spreads any number of samples evenly over positions and channels.
             index = torch.arange(room, device=rows.device) * _coprime_stride(rows.shape[1])
             rows = rows[:, index % rows.shape[1]]
         self.pieces.append(rows.cpu())
 
     def rows(self) -> Tensor:
-        """Samples, and each row's exact extremes as its last two."""
+        """What was kept of each row; where that is not all, with the row's extremes as its last two."""
+        if self.whole:
+            return torch.cat(self.pieces, dim=1)
         return torch.cat([*self.pieces, self.low[:, None], self.high[:, None]], dim=1)
 
 
@@ -279,14 +304,14 @@ def search_scale(rows: Tensor, limits: CodeRange, observer: Observer) -> Tensor:
 
 
 def _max_scale(rows: Tensor, limits: CodeRange) -> Tensor:
-    """The smallest bin size that clips nothing."""
+    """The smallest bin size that clips nothing, not even by the rounding errors of dividing by it."""
     top = rows.amax(dim=1).clamp_min(0)
     bottom = (-rows.amin(dim=1)).clamp_min(0)
     above, below = limits.qmax - limits.zero_point, limits.zero_point - limits.qmin
     scale = top / above if above > 0 else torch.zeros_like(top)
     if below > 0:
         scale = torch.maximum(scale, bottom / below)
-    return scale
+    return scale * (1 + 2.0**-22)
 
 
 def _mse_scale(rows: Tensor, limits: CodeRange, outermost: Tensor) -> Tensor:

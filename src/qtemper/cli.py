@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from qtemper.errors import ConfigError
+from qtemper.errors import IN_USE_EXIT, ConfigError, InUseError
 
 try:
     import tyro
@@ -179,7 +179,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Entry point: parse, run, and turn every bad input into one line and exit code 2."""
+    """Entry point: parse, run, and turn every bad input into one line and exit code 2 (in use: 4, diverged: 3)."""
     from qtemper.compare.commands import Compare, Sweep
     from qtemper.train import DivergedError, ProcessLostError
     from qtemper.train.metrics import DIVERGED_EXIT
@@ -206,7 +206,7 @@ def main() -> None:
         sys.exit(DIVERGED_EXIT)
     except (ValueError, ProcessLostError, ModuleNotFoundError) as error:
         print(f"qtemper: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(IN_USE_EXIT if isinstance(error, InUseError) else 2)
 
 
 if __name__ == "__main__":

@@ -30,15 +30,28 @@ class CheckpointError(ValueError):
     """A checkpoint or run directory is missing, damaged or of another model."""
 
 
+class InUseError(CheckpointError):
+    """Another process trains into the run directory; waiting helps, and `IN_USE_EXIT` says so to a scheduler."""
+
+
+IN_USE_EXIT = 4
+"""Exit code of a command that met an `InUseError`."""
+
+
 class ExportError(ValueError):
     """A model, or a part of one, that a device or file format cannot hold; the message names the layer."""
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that an unknown one looks like a typo of, if any."""
+    return next(iter(difflib.get_close_matches(name, sorted(known), n=1)), None)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name: the closest known one, or all of them."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}."
+    close = closest(name, known)
+    return f"did you mean {close!r}?" if close else f"known: {', '.join(known)}."
 
 
 def optional_module(name: str, extra: str) -> Any:

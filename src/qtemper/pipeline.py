@@ -22,6 +22,7 @@ from qtemper.prepare import prepare
 from qtemper.run import RunDir
 from qtemper.stages import Stage
 from qtemper.train import evaluate, fit
+from qtemper.train.config import require_compiler
 from qtemper.train.processes import make_fabric, report_lost_process, share_state
 from qtemper.weights import load_strictly, read_safetensors
 
@@ -230,7 +231,10 @@ def _check_fit(experiment: Experiment, source: Source) -> None:
             "--set data.normalization=half."
         )
     for name, settings in (("train", experiment.train), ("float_train", experiment.float_train)):
-        if settings is not None and settings.batch_size > source.train_size:
+        if settings is None:
+            continue
+        require_compiler(settings)
+        if settings.batch_size > source.train_size:
             raise ConfigError(
                 f"{name}.batch_size is {settings.batch_size} but {source.name} has {source.train_size} training "
                 "images; set a smaller one."

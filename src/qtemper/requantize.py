@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from qtemper.calibrate import Observer, calibrate, reestimate_batch_norm
+from qtemper.calibrate import Observer, calibrate, reestimate_batch_norm, refuse_one_tensor
 from qtemper.errors import UnsupportedModuleError
 from qtemper.policy import BitPolicy, Plan
 from qtemper.prepare import latent_state, prepare
@@ -53,6 +53,7 @@ def requantize(
     """
     if model is trained or any(True for _ in quantizers(model)):
         raise UnsupportedModuleError("requantize needs a second model: a fresh float one of the same architecture.")
+    refuse_one_tensor(batches)
     batches = list(batches)
     model.load_state_dict(latent_state(trained))
     prepare(model, method, policy, seed=seed)

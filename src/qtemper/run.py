@@ -16,7 +16,7 @@ from torch import nn
 
 from qtemper.config import Experiment, from_json, to_dict, to_json
 from qtemper.environment import environment
-from qtemper.errors import CheckpointError, ConfigError
+from qtemper.errors import CheckpointError, ConfigError, InUseError
 from qtemper.files import digest, write_atomically
 from qtemper.train.snapshot import differences, shorten
 from qtemper.weights import save_tensors
@@ -113,7 +113,8 @@ class RunDir:
         Only one process of a distributed training takes it, the one that writes.
 
         Raises:
-            CheckpointError: another process trains into this directory, or it cannot be written.
+            InUseError: another process trains into this directory.
+            CheckpointError: it cannot be written.
         """
         self.make()
         if not CAN_LOCK:
@@ -123,7 +124,7 @@ class RunDir:
         try:
             descriptor = _acquire(path)
         except BlockingIOError:
-            raise CheckpointError(
+            raise InUseError(
                 f"{self.path} is in use by {_holder(path)}; wait until it ends, or choose another --out."
             ) from None
         except OSError as error:

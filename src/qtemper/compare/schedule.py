@@ -11,17 +11,15 @@ from pathlib import Path
 from qtemper.compare.grid import Run
 from qtemper.compare.launch import Job, Launcher, log_path
 from qtemper.compare.record import State, note, read
+from qtemper.errors import IN_USE_EXIT
 from qtemper.train.metrics import DIVERGED_EXIT
 from qtemper.train.signals import stop_on_signal
 
 POLL = 0.5
 """Seconds between two looks at the runs."""
 
-IN_USE = "is in use by"
-"""What `RunDir.lock` says of a run whose process lives on: its scheduler was killed, and it writes its checkpoint."""
-
 PAUSE = 2.0
-"""Seconds after which such a run starts again."""
+"""Seconds after which a run starts again that is in use: its scheduler was killed, and it writes its checkpoint."""
 
 RETRIES = 3
 """Starts of a run that fails without having diverged, before it is given up."""
@@ -106,7 +104,7 @@ class Pool:
             if code is None or time.monotonic() < entry.not_before:
                 continue
             state, message = self._outcome(entry, code)
-            in_use = state == "started" and code == 2
+            in_use = state == "started" and code == IN_USE_EXIT
             if in_use and not entry.not_before:
                 entry.not_before = time.monotonic() + PAUSE
                 continue
@@ -148,8 +146,7 @@ class Pool:
             return "diverged", message
         if entry.pruned:
             return "pruned", ""
-        if code == 2 and not any(IN_USE in line for line in self._words(entry)):
-            # Bad input: starting again would not help.
+        if code == 2:  # bad input: starting again would not help
             return "failed", message
         return "started", message
 
@@ -163,11 +160,9 @@ class Pool:
         self.say(f"{word:10}{entry.what}{': ' if message else ''}{message}")
 
     def _last_line(self, entry: _Active, code: int) -> str:
-        return next((line for line in reversed(self._words(entry)) if line.strip()), f"exit code {code}")
-
-    def _words(self, entry: _Active) -> list[str]:
-        """What was printed since the start; where the run is in use, the process that uses it prints there, too."""
-        return _tail(log_path(entry.run, self.root), entry.log_start)
+        """Of what was printed since the start; where the run is in use, the process that uses it prints there, too."""
+        words = _tail(log_path(entry.run, self.root), entry.log_start)
+        return next((line for line in reversed(words) if line.strip()), f"exit code {code}")
 
 
 def drive(pool: Pool, turn: Callable[[], bool], stop_after: float | None = None) -> bool:

@@ -47,10 +47,11 @@ def argument(node: fx.Node, index: int, default: Any = None) -> Any:
 def is_move(node: fx.Node) -> bool:
     """Whether a node only moves or selects values, or pads with zeros, so that it acts on codes as on reals."""
     if node.target in PADS:
-        mode_at = 2 if node.target is aten.pad.default else None
-        constant = mode_at is None or argument(node, 2, "constant") == "constant"
-        value = argument(node, 3 if mode_at else 2, 0.0)
-        return constant and value in (0, None) and all(isinstance(n, int) and n >= 0 for n in argument(node, 1))
+        general = node.target is aten.pad.default
+        if general and argument(node, 2, "constant") != "constant":
+            return False
+        value = argument(node, 3 if general else 2, 0.0)
+        return value in (0, None) and all(isinstance(n, int) and n >= 0 for n in argument(node, 1))
     return node.target in MOVES or node.target in POOLS or node.target in IDENTITIES
 
 

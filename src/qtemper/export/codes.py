@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qtemper import layers
 from qtemper.errors import ExportError
 from qtemper.layers import QuantLayer, StoredWeight
+from qtemper.modes import eval_mode
 from qtemper.quantizer import Quantizer, quantizers
 
 TOLERANCE = 1e-5
@@ -112,10 +113,8 @@ def integer_weight(name: str, layer: nn.Module) -> IntegerWeight:
     quantizer.require_calibrated()
     axis = layers.weight_channel_axis(layer)
     latent = layer.latent_weight.detach()
-    with torch.no_grad():
-        mode = quantizer.training
-        x_hat = quantizer.eval()(latent).double()
-        quantizer.train(mode)
+    with torch.no_grad(), eval_mode(quantizer):
+        x_hat = quantizer(latent).double()
         codes, doubled = _relative(quantizer.codes(latent), quantizer)
         scale = quantizer.grid.scale(latent).detach().double() / (2 if doubled else 1)
     rows = scale.expand(latent.shape).movedim(axis, 0).reshape(latent.shape[axis], -1)
@@ -126,7 +125,7 @@ def integer_weight(name: str, layer: nn.Module) -> IntegerWeight:
     if not (rows == per_channel[:, None]).all() or not error <= TOLERANCE * x_hat.abs().max().clamp_min(1e-30):
         raise ExportError(
             f"{name}.weight: its levels are no multiples of one step per output channel, which integer hardware needs; "
-            "train the last epochs with a method on such a grid (lsq, tempering, ste, ewgs, ...)."
+            "train the last epochs with a method on such a grid (lsq, tempering, ste, ewgs with grid_kind=step, ...)."
         )
     return IntegerWeight(codes.cpu(), per_channel.float().cpu(), quantizer.spec.bits)
 

@@ -212,7 +212,7 @@ class _Builder:
     def _emit_quantizer(self, node: fx.Node) -> None:
         grid, x = self._grid(node), node.args[0]
         assert isinstance(x, fx.Node)
-        if self.codes.get(x) is not None and _same_grid(self.codes[x], grid):
+        if self.codes.get(x) == grid:
             self.values[node], self.codes[node] = self.values[x], grid
             return
         layer = layer_of(node)
@@ -294,10 +294,6 @@ class _Builder:
             return value
         bounds = [None if abs(b) == float("inf") else b for b in (chain.low, chain.high)]
         return self._call("", aten.clamp.default, (value, *bounds))
-
-
-def _same_grid(a: Codes, b: Codes) -> bool:
-    return (a.scale, a.zero_point, a.signed) == (b.scale, b.zero_point, b.signed) and (a.low, a.high) == (b.low, b.high)
 
 
 def _clamped(chain: Chain, grid: Codes) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from qtemper.export import runtimes
 from qtemper.export.bits import shrink
 from qtemper.export.operators import KERNELS
+from qtemper.export.report import differ
 from qtemper.export.targets import Target
 from qtemper.export.verify import stand_ins, tensors_of
 from qtemper.layers import QuantLayer, StoredWeight
@@ -77,7 +78,7 @@ def accuracies(
     if not seen:
         return {}
     share = {name: 100 * count / seen for name, count in right.items()}
-    return share | {f"{name} and {base} differ": 100 * count / seen for name, count in others.items()}
+    return share | {differ(name, base): 100 * count / seen for name, count in others.items()}
 
 
 def compare_latency(

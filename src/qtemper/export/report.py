@@ -9,8 +9,13 @@ from typing import Any
 OUTPUT = "output"
 """What the model returns, among the layers."""
 
-DISAGREE = "onnxruntime and integer differ"
-"""Share of images, among the accuracies."""
+
+def differ(a: str, b: str) -> str:
+    """Name, among the accuracies, of the share of images that two classify differently."""
+    return f"{a} and {b} differ"
+
+
+DISAGREE = differ("onnxruntime", "integer")
 
 
 @dataclass(frozen=True)

@@ -164,11 +164,8 @@ def run_marked(graph: fx.GraphModule, model: nn.Module, example: Tensor, watch: 
 def _hard(quantizer: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(quantizer, Quantizer):
         return x  # a stored weight's values
-    mode = quantizer.training
-    try:
-        return quantizer.eval().quantize(x)[0]
-    finally:
-        quantizer.train(mode)
+    with eval_mode(quantizer):
+        return quantizer.quantize(x)[0]
 
 
 @contextlib.contextmanager

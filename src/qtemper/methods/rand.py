@@ -17,8 +17,10 @@ Our reading:
 - The constant of mode `norm` was not found: it is 1 / t, so that both modes differ by a factor of 1 to 2^(1/8) = 1.09.
 - Where t is 0 (one bit, signed) it is |qmin|, and positive weights are clipped, with straight-through's gradient all
   the same. One bit's default is the symmetric grid, t = 1/2.
-- `block` is the number of weights, consecutive in memory, that share a scale ("sub-channel"); it must divide a
-  channel's size, or a channel (without a channel axis: the tensor) has one scale.
+- `block` is the number of weights that share a scale ("sub-channel"), in the order of the weight's dimensions. With one
+  scale a channel it must divide a channel's size, or the channel has one scale; with one scale a tensor, which is the
+  policy's default, it must divide the tensor's, or that has one, and blocks may run from one channel into the next.
+- The default is mode `max` at the policy's granularity; the paper has `max` per channel or block, `norm` per tensor.
 - In eval mode the scale's gradient is kept too, with round(v) - v for zeta.
 - `scale_gradient=False` is the paper's point taken away, for comparison: dL/dw = g, and outliers are pulled by nothing.
 """

@@ -260,16 +260,18 @@ class NoiseTempering(Method):
                     f"delta_rule={self.delta_rule!r} learns from noise that the loss sees; with noise_in='gradient' it "
                     "sees none. Use noise_in='forward', or delta_rule='hessian' or 'fixed', or scale_on='none'."
                 )
-            given = (self.delta_weight, self.delta_activation)
-            if self.delta_rule == "fixed" and given == (None, None):
+            constants = {"weights": self.delta_weight, "activations": self.delta_activation}
+            used = [value for which, value in constants.items() if self.scale_on in ("both", which)]
+            if self.delta_rule == "fixed" and used == [None] * len(used):
                 raise ValueError(
-                    "delta_rule='fixed' has no constant: set delta_weight or delta_activation, or scale_on='none'."
+                    f"delta_rule='fixed' has no constant for scale_on={self.scale_on!r}: set delta_weight or "
+                    "delta_activation to it, or scale_on to 'both' or 'none'."
                 )
             self._warn_if_nothing_learns()
         for field in ("delta_weight", "delta_activation"):
             value = getattr(self, field)
             if value is not None and not 0 <= value < 2:
-                raise ValueError(f"{field} must be in [0, 2) in units of 1 / bins, got {getattr(self, field)}.")
+                raise ValueError(f"{field} must be in [0, 2) in units of 1 / bins, got {value}.")
         if self.noise == "none" and (self.noise_in == "gradient" or self.noise_on != "both"):
             warnings.warn("noise='none': noise_on and noise_in have no effect.", stacklevel=3)
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from qtemper.errors import nearest
+from qtemper.errors import closest
 from qtemper.models.mobilenet import LAYOUTS, MobileNetV1, MobileNetV2
 from qtemper.models.resnet import ResNet
 from qtemper.models.resnet_cifar import ResNetCifar
@@ -88,7 +88,5 @@ def _build_other(config: ModelConfig) -> nn.Module:
 def _nearest_arch(name: str) -> str:
     small = [*_DEPTHS, "small", "mobilenet_v2_cifar", "mobilenet_v2_reduced"]
     large = [*_IMAGENET_DEPTHS, "mobilenet_v1", "mobilenet_v2"]
-    hint = nearest(name, [*small, *large])
-    if not hint.startswith("known"):
-        return hint
-    return f"known: {', '.join(small)}; for ImageNet {', '.join(large)}."
+    close = closest(name, [*small, *large])
+    return f"did you mean {close!r}?" if close else f"known: {', '.join(small)}; for ImageNet {', '.join(large)}."

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cache
 
 from qtemper.config import Experiment
-from qtemper.errors import ConfigError, nearest
+from qtemper.errors import ConfigError, closest
 
 Recipe = Callable[[], Experiment]
 
@@ -34,6 +34,7 @@ def get_recipe(name: str) -> Experiment:
     """
     recipes = _all()
     if name not in recipes:
-        close = nearest(name, recipes)
-        raise ConfigError(f"unknown recipe {name!r}; {close if 'mean' in close else 'see `qtemper recipes`.'}")
+        close = closest(name, recipes)
+        hint = f"did you mean {close!r}?" if close else "see `qtemper recipes`."
+        raise ConfigError(f"unknown recipe {name!r}; {hint}")
     return recipes[name]()

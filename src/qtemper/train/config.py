@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qtemper.errors import check_choices
+import torch
+
+from qtemper.errors import ConfigError, check_choices
 from qtemper.train.optim import LossConfig, OptimConfig
 
 MAX_TIMEOUT = 1e6
@@ -24,7 +29,7 @@ class TrainConfig:
         precision: `float32`, or `bf16` for autocast. Evaluation is always float32, which for convolutions on a GPU is
             TF32 unless `torch.backends.cudnn.allow_tf32` is False.
         channels_last: memory format of images and weights.
-        compile: compile the training step's forward and backward with torch.compile.
+        compile: compile the training step's forward and backward with torch.compile; on a CPU it needs a C++ compiler.
         evaluate_every: test accuracy every so many epochs (and after the last); 0 for the end only.
         checkpoint_every: a checkpoint every so many epochs (and after the last).
         log_every: optimizer steps between two lines of metrics.jsonl.
@@ -74,3 +79,17 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         if not 1 <= self.timeout <= MAX_TIMEOUT:
             raise ValueError(f"timeout must be 1 to {MAX_TIMEOUT:.0f} seconds, got {self.timeout}.")
+
+
+def require_compiler(config: TrainConfig) -> None:
+    """Say before a training begins what torch.compile would say in its first step, at length.
+
+    Raises:
+        ConfigError: `config.compile`, and no C++ compiler that torch would find.
+    """
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if config.compile and not torch.cuda.is_available() and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"compile=True needs a C++ compiler, and there is no {compiler}: install one (CXX names another), or train "
+            "without (--set train.compile=false)."
+        )

@@ -23,7 +23,7 @@ from qtemper.progress import set_progress, temperature
 from qtemper.quantizer import quantizers
 from qtemper.train.accuracy import evaluate
 from qtemper.train.allocator import keep_memory
-from qtemper.train.config import TrainConfig
+from qtemper.train.config import TrainConfig, require_compiler
 from qtemper.train.display import Display
 from qtemper.train.metrics import DivergedError, MetricsLog, RunningMetrics
 from qtemper.train.optim import Loss, build_loss, build_optimizers, set_learning_rate
@@ -99,6 +99,7 @@ def fit(
         Metrics by epoch.
 
     Raises:
+        ValueError: fewer images than a batch has; no compiler where there is to be one; `resume` without `out`.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after a checkpoint.
         DivergedError: a loss or gradient is not finite, and `on_nonfinite` is `stop` or rollbacks did not help. On a
             CPU no parameter has moved by it; an accelerator is one step ahead.
@@ -108,6 +109,7 @@ def fit(
     """
     if config.batch_size > source.train_size:
         raise ValueError(f"batch_size {config.batch_size} is more than the {source.train_size} images; lower it.")
+    require_compiler(config)
     if resume and out is None:
         raise ValueError("resume needs the directory that holds the checkpoints: set out.")
     if out is not None and not resume and holds_checkpoints(out / "checkpoints"):
