@@ -39,7 +39,15 @@ def _first(images: int, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tu
 
 
 def integer_top1(run: RunDir, data: Path | None = None) -> float:
-    """Test accuracy in percent of a run's network as a device computes it."""
+    """Test accuracy in percent of a run's network as a device computes it.
+
+    Args:
+        run: with a final network or a checkpoint.
+        data: the data set's directory; the training's own if not given.
+
+    Raises:
+        ExportError: integers cannot hold the network.
+    """
     experiment, model = load_run(run)
     source = open_source(experiment.data, data or run.data_directory(), "cpu")
     return evaluate(integer_model(model.eval(), example_batch(experiment, source)), source)

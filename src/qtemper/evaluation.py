@@ -63,6 +63,13 @@ def evaluate_run(
         data: the data set's directory; the training's own if not given.
         bits: other bits to evaluate it at as well, `W3` or `W3A8`; see `at_bits`.
         batch_norm: for `at_bits`.
+
+    Returns:
+        `run`, `recipe`, what the run's own result says, `top1`, whether it is `finished`, and with `bits` `top1_at`.
+
+    Raises:
+        ConfigError: bits that cannot be read, or `batch_norm` without bits.
+        CheckpointError: the run has no network, or a damaged one.
     """
     experiment, model = load_run(run)
     if batch_norm and not bits:

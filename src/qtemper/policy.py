@@ -35,7 +35,8 @@ class Rule:
         weight_levels: kind of grid of the weight: `signed` (zero point 0, what others call symmetric) or `symmetric`
             (mid-rise: as many levels on either side and none at 0); see `functional.code_range`.
         activation_levels: kind of grid of the input; `unsigned`, too.
-        weight_granularity: one scale per `tensor` or per output `channel`.
+        weight_granularity: one scale per `tensor` or per output `channel` (of a grouped transposed convolution per
+            index of the weight's second dimension, which the groups share).
         activation_granularity: one scale per `tensor` or per input `channel`.
         train_input: whether the scale of the input is trained, or stays as calibrated.
     """
@@ -207,8 +208,7 @@ def make_plan(model: nn.Module, policy: BitPolicy | str, method: Method | str | 
 
     Raises:
         UnsupportedModuleError: a module cannot be quantized; the message names it and the way out.
-        ConfigError: a rule matches no layer.
-        ValueError: bits out of range.
+        ConfigError: a rule matches no layer; bits out of range.
     """
     policy = BitPolicy.parse(policy) if isinstance(policy, str) else policy
     if not isinstance(policy, BitPolicy):

@@ -33,8 +33,8 @@ def prepare(model: nn.Module, method: Method | str, policy: BitPolicy | Plan | s
         The same model.
 
     Raises:
-        ConfigError: unknown method; a rule that matches nothing; bits out of range; nothing to quantize.
-        UnsupportedModuleError: a module cannot be quantized.
+        ConfigError: unknown method; a rule that matches nothing; bits out of range; a policy that quantizes nothing.
+        UnsupportedModuleError: a module cannot be quantized, or none is of a kind that can.
         ValueError: weights that are not finite.
     """
     method = get_method(method) if isinstance(method, str) else method

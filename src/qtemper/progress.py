@@ -41,6 +41,11 @@ class Tempering:
     Args:
         model: a prepared model.
         total_steps: number of optimizer steps of the whole training.
+
+    Every method wants it: noise, hardness, dampening and whatever else changes while training goes on follow progress.
+
+    Raises:
+        ValueError: `total_steps` below 1; a model without quantizers.
     """
 
     def __init__(self, model: nn.Module, total_steps: int) -> None:

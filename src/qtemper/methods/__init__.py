@@ -43,6 +43,7 @@ def get_method(name: str, **settings: Any) -> Method:
 
     Raises:
         ConfigError: unknown method or setting.
+        ValueError: a setting's value that the method refuses.
     """
     cls = method_class(name)
     settable: Any = cls  # every method is a dataclass

@@ -17,7 +17,8 @@ Choices:
   and each forward pass of a layer adds it once (two micro-batches: twice).
 - The sum is over a tensor's elements and over tensors, in the weights' own unit, as in the authors' code.
 - The range is the grid's, from its lowest level to its highest.
-- On DoReFa's and PACT's grids the error is that of tanh(w), without the slope of tanh.
+- On DoReFa's and PACT's grids the error is that of tanh(w), without the slope of tanh; in unit scale of tanh(w) / M,
+  which pulls harder by 1 / M.
 - The paper's other remedy, freezing weights that oscillate, is left out.
 """
 

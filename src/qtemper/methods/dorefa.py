@@ -21,9 +21,10 @@ Choices:
   re-estimated or trained, and without one the layer changes by a factor. `scale="real"` multiplies the weights by M
   and clips activations at the calibrated range.
 - `maximum="exact"` differentiates M, as the formula says; `"constant"` does not, as common PyTorch codes. Where batch
-  norm follows, the two differ little: sum g * w_hat, which is M's gradient but for a factor, is then 0.
+  norm follows, the two differ little at many bits: M's gradient is sum g * v but for a factor, v the unrounded weights,
+  and sum g * w_hat is then 0.
 - In one bit the clipping-free gradient is the paper's, and E|w| gets none.
-- Inputs with negative values, which the paper does not treat, are clipped to [-1, 1].
+- Inputs with negative values, which the paper does not treat, are clipped to [-1, 1 - 2^(1-b)], the signed grid.
 - sign(0) is +1.
 """
 

@@ -9,16 +9,18 @@ Lee, Kim and Ham, "Network Quantization with Element-wise Gradient Scaling", CVP
 Units: the paper's error and delta live in a domain normalised to [0, 1]. Here errors are in bins, so a delta of the
 paper becomes `delta / (2**bits - 1)`; the Hessian rule gives the same factor in either unit.
 
-Learned: the step `s` (`grid="step"`, by LSQ's gradient), or the interval's bounds `l`, `u` (`grid="bounds"`, the
-paper's parametrisation, by plain autograd through `x_n = clamp((x - l) / (u - l), 0, 1)`, the factor included).
-Weights use the symmetric grid, the paper's. `calibrate(..., observer="ewgs")` is the authors' initialisation.
+Learned: the step `s` (`grid_kind="step"`, by LSQ's gradient), or the interval's bounds `l`, `u`
+(`grid_kind="bounds"`, the paper's parametrisation, by plain autograd through `x_n = clamp((x - l) / (u - l), 0, 1)`,
+the factor included). Weights use the symmetric grid, the paper's. `calibrate(..., observer="ewgs")` is the authors'
+initialisation.
 
 Deviations:
 - The paper leaves quantized tensors in [-1, 1] and [0, 1] and multiplies a layer's output by a learned scale; here both
   tensors keep their real scale, so that a calibrated network is close to the float one at once and signed inputs work
   (docs/decisions/0002). With `bounds` at +-3 standard deviations it is not close, above all at 1 bit: then calibrate
   with batch norm.
-- `grid="step"`, the default, is LSQ's grid, for comparisons in which only the backward pass differs.
+- `grid_kind="step"`, the default, is LSQ's grid, for comparisons in which only the backward pass differs.
+- `tempering` has delta in 1 / bins, `delta_weight` and `delta_activation` here are in the paper's unit.
 - Delta stays 0 until the Hessian is measured: by `fit` every `curvature_every` epochs, in a loop of one's own by
   `update_curvature`.
 - The Hessian is that of the network in eval mode, and its mean is divided by the mean of std(g) over the batches; the

@@ -17,8 +17,8 @@ Choices:
 - The paper's L2 term on alpha, lambda * alpha^2 with the weights' decay, is no part of the quantizer, and
   `qtemper.param_groups` puts quantizer parameters in a group without decay. To have it, move the parameters whose
   name ends in `grid.alpha` into a group with the weights' `weight_decay`; docs/methods/pact.md shows it.
-- Inputs with negative values: alpha is the highest level, and the lowest one, about -alpha, moves with it:
-  dL/dalpha gains g * (lowest level / alpha) where clipped below.
+- Inputs with negative values: alpha is the highest level, and the lowest one moves with it: -alpha * 2^(b-1) /
+  (2^(b-1) - 1), which is -2 alpha at 2 bits. dL/dalpha gains g * (lowest level / alpha) where clipped below.
 - Alpha is kept positive by the floor of docs/decisions/0003.
 - Later versions of the paper quantize weights by SAWB; that is left out.
 """

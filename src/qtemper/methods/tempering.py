@@ -100,7 +100,10 @@ class CorrelationDelta(Delta):
 
     The estimate of delta has the standard error `sqrt((1 - m) / (1 + m)) / (3 * sqrt(sum eta^2))`, m the momentum,
     which grows as the noise fades. Delta is the estimate less two of them, or 0: what is not significant does
-    nothing. Once the noise is off, delta stays as it was last.
+    nothing (in the first steps two are fewer: 1.4). Once the noise is off, delta stays as it was last.
+
+    std(g) is that of the gradients as they arrive. Where a weight's comes in parts (processes, micro-batches, a layer
+    used twice) the parts spread more than their mean, so delta is smaller than in one process.
 
     Args:
         value: delta until the first estimate.

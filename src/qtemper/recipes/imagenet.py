@@ -29,7 +29,8 @@ LSQ_WEIGHT_DECAY = {1: 0.25e-4, 2: 0.25e-4, 3: 0.5e-4, 4: 1e-4}
 def ewgs(arch: Arch, bits: str, method: str) -> Experiment:
     """EWGS's: 100 epochs, SGD 0.01 and Adam 1e-5 for quantizers, cosine, weight decay 1e-4, SyncBN.
 
-    EWGS itself also has its own bounds and initialisation.
+    EWGS itself also has its own bounds and initialisation. Its Hessian is measured on 10 batches of the training's
+    size, not of 16 images as theirs: a larger batch's gradient has less noise, so delta of the weights is larger.
     """
     own = method == "ewgs"
     return Experiment(
