@@ -398,8 +398,13 @@ PREPARE: list[Row] = [
     ),
     (
         "model-pruned-after-prepare",
-        lambda tmp: lambda: calibrate(pruned(prepared()), [batch()]),
-        ("QuantLinear", "pruned", "before prepare"),
+        lambda tmp: lambda: pruned(prepared()),
+        ("QuantLinear", "prune the float network", "prune.remove"),
+    ),
+    (
+        "model-pruned-after-calibrate",
+        lambda tmp: lambda: pruned(calibrate(prepared(), [batch()])),
+        ("QuantLinear", "prune the float network", "prune.remove"),
     ),
     (
         "prepare-twice",

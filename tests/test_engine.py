@@ -684,7 +684,7 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(data
 def test_no_compiler_is_one_clear_error(data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="there is no no-such-compiler: install one .* train.compile=false"):
+    with pytest.raises(ValueError, match="no no-such-compiler: install one .* --set train.compile=false"):
         train(model_for(None), data, config(compile=True), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -15,7 +15,7 @@ from benchmarks.faults.rows_damage import finished, fresh_state, reseal
 from benchmarks.faults.rows_kill import reference, same_end, wait_until
 from benchmarks.faults.table import Row, counted, row
 
-from qtemper.errors import CheckpointError
+from qtemper.errors import IN_USE_EXIT, CheckpointError
 from qtemper.train.state import load_checkpoint
 
 # --- resume under other circumstances ------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def two_runs_on_one_directory() -> Row:
         run = folder / "run"
         pair = [start(command(run)) for _ in range(2)]  # at the same moment
         codes = sorted(child.wait().code for child in pair)
-        if codes != [0, 2] or str(epochs(run)) != reference()[1]:
+        if codes != [0, IN_USE_EXIT] or str(epochs(run)) != reference()[1]:
             failures.append(f"started together: exit codes {codes}")
     return Row("two runs on one directory", "the second refuses", "no" if failures else "yes", not failures, failures)
 

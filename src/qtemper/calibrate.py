@@ -48,7 +48,7 @@ def calibrate(
             (2 * mean|x| / sqrt(qmax), Esser et al. 2020, section 2.1), or `ewgs` (levels over 6 standard deviations, of
             which a signed grid of 2 bits has 4 below zero, or from 0 to 3 of the normal distribution of which a ReLU
             left half; Lee et al. 2021, their code). The last two are starts for a scale that is learned; one that is
-            not (`ste`'s, that of an 8-bit network input) is fitted by `mse` instead.
+            not (`ste`'s, that of an 8-bit network input, any without a gradient now) is fitted by `mse` instead.
         batch_norm: afterwards re-estimate batch-norm statistics in the quantized network from the same batches.
         forward: how to run the model on a batch, if not `model(batch)`.
 

@@ -18,7 +18,6 @@ Every function here accepts any shape and float dtype unless it says otherwise.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -319,13 +318,15 @@ def other_dims(x: Tensor, axis: int | None) -> list[int]:
     return [d for d in range(x.dim()) if axis is None or d != axis % x.dim()]
 
 
-def elements_per_scale(shape: torch.Size, channel_axis: int | None, *, batched: bool) -> int:
+def elements_per_scale(v: Tensor, channel_axis: int | None, *, batched: bool) -> int:
     """How many elements of one sample share a scale, at least 1: LSQ's N.
 
     Args:
-        shape: of the tensor.
+        v: the tensor.
         channel_axis: dimension with one scale per index, or None for one scale per tensor.
         batched: whether dimension 0 is the batch, which does not count.
     """
-    alone = {axis % len(shape) for axis in (channel_axis, 0 if batched else None) if axis is not None}
-    return max(1, math.prod(size for axis, size in enumerate(shape) if axis not in alone))
+    count = v.numel() // (max(v.shape[0], 1) if batched else 1)
+    if channel_axis is not None:
+        count //= max(v.shape[channel_axis], 1)
+    return max(count, 1)

@@ -74,8 +74,8 @@ class QuantLayer(nn.Module):
         latent = self._parameters.get("weight")
         if latent is None:
             raise UnsupportedModuleError(
-                f"a {type(self).__name__} has lost the weight that it quantizes (pruned or parametrized since?); do "
-                "that to the float network, and make it permanent (prune.remove), before prepare."
+                f"this {type(self).__name__} has no float weight: export.convert made integers of it, or it was "
+                "parametrized since; do that to the float network, before prepare."
             )
         return latent
 
@@ -88,6 +88,15 @@ class QuantLayer(nn.Module):
         if self.act_quantizer is not None:
             input = self.act_quantizer(input)
         return super().forward(input, *args, **kwargs)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of any module, but for what pruning and spectral norm would put in place of the weight."""
+        if name == "weight_orig":
+            raise UnsupportedModuleError(
+                f"a {type(self).__name__} computes its weight itself; prune the float network, make that permanent "
+                "(prune.remove), and prepare it then."
+            )
+        super().register_parameter(name, param)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

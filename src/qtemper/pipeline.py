@@ -233,7 +233,7 @@ def _check_fit(experiment: Experiment, source: Source) -> None:
     for name, settings in (("train", experiment.train), ("float_train", experiment.float_train)):
         if settings is None:
             continue
-        require_compiler(settings)
+        require_compiler(settings, name)
         if settings.batch_size > source.train_size:
             raise ConfigError(
                 f"{name}.batch_size is {settings.batch_size} but {source.name} has {source.train_size} training "

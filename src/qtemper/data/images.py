@@ -205,8 +205,8 @@ def epoch_share(images: int, batch_size: int, first_step: int, rank: int, world_
     """Images of a batch that one process gets, and full batches of an epoch.
 
     Raises:
-        ValueError: if no batch is full, `first_step` is not one of the epoch's steps, `rank` is not below `world_size`,
-            or the batch does not divide by it.
+        ValueError: if `batch_size` is below 1 or no batch is full, `first_step` is not one of the epoch's steps,
+            `rank` is not below `world_size`, or the batch does not divide by it.
     """
     check_batch(batch_size, rank, world_size)
     share = batch_share(batch_size, world_size)

@@ -6,7 +6,16 @@ from typing import Protocol, final
 
 from torch import Tensor
 
-from qtemper.data.images import NORMALIZATIONS, Batches, ImageData, Split, epoch_order, test_batches, train_batches
+from qtemper.data.images import (
+    NORMALIZATIONS,
+    Batches,
+    ImageData,
+    Split,
+    check_batch,
+    epoch_order,
+    test_batches,
+    train_batches,
+)
 
 
 class Source(Protocol):
@@ -80,6 +89,7 @@ class MemorySource:
 
     def test_batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Batches:
         """See `Source`."""
+        check_batch(batch_size, rank, world_size)
         batches = test_batches(self.data.test, batch_size, self.mean, self.std)
         return (batch for i, batch in enumerate(batches) if i % world_size == rank)
 

@@ -248,8 +248,9 @@ def build_onnx(integers: fx.GraphModule, example: Tensor, target: Target) -> ir.
     """`to_onnx`, with weights as the target takes them."""
     model = to_onnx(integers, example)
     names = [output.name for output in model.graph.outputs]
-    if len(set(names)) < len(names):
-        raise ExportError("the model returns a tensor twice, which ONNX has no names for; return it once.")
+    twice = sorted({str(name) for name in names if names.count(name) > 1})
+    if twice:
+        raise ExportError(f"the model returns {', '.join(twice)} twice, which ONNX has no names for; return it once.")
     if target.quant_nodes:
         return model
     if target.signed:

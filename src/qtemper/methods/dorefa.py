@@ -24,7 +24,8 @@ Choices:
   norm follows, the two differ little at many bits: M's gradient is sum g * v but for a factor, v the unrounded weights,
   and sum g * w_hat is then 0.
 - In one bit the clipping-free gradient is the paper's, and E|w| gets none.
-- Inputs with negative values, which the paper does not treat, are clipped to [-1, 1 - 2^(1-b)], the signed grid.
+- Inputs with negative values, which the paper does not treat, are clipped to the signed grid's
+  [-1, 1 - 2^(1-b)], in one bit to [-1, 1].
 - sign(0) is +1.
 """
 

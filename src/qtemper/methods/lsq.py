@@ -66,7 +66,7 @@ class LearnedStep(Grid):
 
     def gradient_scale(self, v: Tensor) -> float:
         """`1 / sqrt(N * Q_P)`."""
-        count = F.elements_per_scale(v.shape, self.spec.channel_axis, batched=self.batched)
+        count = F.elements_per_scale(v, self.spec.channel_axis, batched=self.batched)
         return 1.0 / math.sqrt(count * (self.limits.qmax or -self.limits.qmin))
 
 

@@ -73,7 +73,7 @@ class LearnedStepAndOffset(Grid):
 
     def gradient_scale(self, v: Tensor) -> float:
         """`1 / sqrt(N * n)`."""
-        count = F.elements_per_scale(v.shape, self.spec.channel_axis, batched=True)
+        count = F.elements_per_scale(v, self.spec.channel_axis, batched=True)
         return 1.0 / math.sqrt(count * (self.limits.qmax - self.limits.qmin))
 
     def _from_zero(self) -> CodeRange:

@@ -266,9 +266,11 @@ class NoiseTempering(Method):
             constants = {"weights": self.delta_weight, "activations": self.delta_activation}
             used = [value for which, value in constants.items() if self.scale_on in ("both", which)]
             if self.delta_rule == "fixed" and used == [None] * len(used):
+                fields = {"weights": "delta_weight", "activations": "delta_activation"}
+                wanted = fields.get(self.scale_on, "delta_weight or delta_activation")
                 raise ValueError(
-                    f"delta_rule='fixed' has no constant for scale_on={self.scale_on!r}: set delta_weight or "
-                    "delta_activation to it, or scale_on to 'both' or 'none'."
+                    f"delta_rule='fixed' has no constant for scale_on={self.scale_on!r}: set {wanted}, or scale_on to "
+                    "what is to be scaled."
                 )
             self._warn_if_nothing_learns()
         for field in ("delta_weight", "delta_activation"):

@@ -81,15 +81,20 @@ class TrainConfig:
             raise ValueError(f"timeout must be 1 to {MAX_TIMEOUT:.0f} seconds, got {self.timeout}.")
 
 
-def require_compiler(config: TrainConfig) -> None:
+def require_compiler(config: TrainConfig, name: str = "train") -> None:
     """Say before a training begins what torch.compile would say in its first step, at length.
+
+    Args:
+        config: what is to be trained.
+        name: of the field that holds it, for the message.
 
     Raises:
         ConfigError: `config.compile`, and no C++ compiler that torch would find.
     """
     compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    if config.compile and not torch.cuda.is_available() and shutil.which(compiler) is None:
+    installs = os.environ.get("TORCH_INDUCTOR_INSTALL_GXX") == "1"  # torch fetches one where there is none
+    if config.compile and not (torch.cuda.is_available() or installs) and shutil.which(compiler) is None:
         raise ConfigError(
-            f"compile=True needs a C++ compiler, and there is no {compiler}: install one (CXX names another), or train "
-            "without (--set train.compile=false)."
+            f"{name}.compile needs a C++ compiler, and there is no {compiler}: install one (CXX names another), or "
+            f"--set {name}.compile=false."
         )
