@@ -80,7 +80,7 @@ def test_arms_from_a_file(tmp_path):
 @pytest.mark.parametrize("path", sorted(STUDY.glob("*.arms")), ids=lambda path: path.stem)
 def test_the_studys_arms_fit_its_recipes(path):
     runs = grid.make_runs("small-fit-w1a1-tempering", [], grid.make_arms([], grid.read_arms(path)), [0])
-    assert len({run.config_hash for run in runs}) == len(runs) > 10
+    assert len({run.config_hash for run in runs}) == len(runs) >= 7
 
 
 def test_bad_settings_name_the_arm():
