@@ -32,6 +32,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=9)
     add("--steps", type=int, default=4, help="measured steps of a visit; each visit begins with one that is not")
     add("--seed", type=int, default=0)
+    add("--together", action="store_true", help="start all contestants at once; on many cores, to save time")
     add("--no-fast", action="store_true", help="our methods without their fast path")
     add("--no-curvature", action="store_true", help="leave out the line on EWGS's Hessian update")
     add("--compile-time", action="store_true", help="instead: first step with an empty and with a filled cache")
@@ -87,7 +88,7 @@ def measure(setup: Setup, chosen: argparse.Namespace) -> dict[str, Any]:
         return run | {"points": extra.scaling(keys, setup, fast=fast, say=print, **options)}
     if REFERENCE not in keys:
         keys.insert(0, REFERENCE)
-    results = race(keys, setup, rounds=chosen.rounds, steps=chosen.steps, fast=fast, say=say)
+    results = race(keys, setup, rounds=chosen.rounds, steps=chosen.steps, fast=fast, say=say, together=chosen.together)
     run |= {"results": results, "summary": report.summarize(results)}
     print(report.table(setup, results, run["summary"]))
     if HESSIAN in keys and not chosen.no_curvature:

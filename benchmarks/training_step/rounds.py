@@ -138,15 +138,28 @@ def worker(key: str, setup: Setup, **options: Any) -> Iterator[Worker]:
 
 
 def race(
-    keys: list[str], setup: Setup, *, rounds: int, steps: int, fast: bool, say: Callable[[str], None]
+    keys: list[str],
+    setup: Setup,
+    *,
+    rounds: int,
+    steps: int,
+    fast: bool,
+    say: Callable[[str], None],
+    together: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """All contestants' measurements: what `Worker.begin` says and `visits`, one for each round; or `failure`."""
+    """All contestants' measurements: what `Worker.begin` says and `visits`, one for each round; or `failure`.
+
+    One contestant after the other gets ready, so that each has the machine for itself while it compiles; or all
+    `together`, whose first steps are then not comparable.
+    """
     results: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
         workers: dict[str, Worker] = {}
-        for key in keys:  # one after the other: each has the machine for itself while it compiles
+        if together:
+            waiting = {key: stack.enter_context(worker(key, setup, fast=fast)) for key in keys}
+        for key in keys:
             try:
-                started = stack.enter_context(worker(key, setup, fast=fast))
+                started = waiting[key] if together else stack.enter_context(worker(key, setup, fast=fast))
                 results[key] = {**started.begin(), "visits": []}
                 workers[key] = started
                 say(f"{key}: first step {results[key]['first_step_seconds']:.1f} s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -176,6 +177,10 @@ class NoiseSource(nn.Module):
         self.register_buffer("key", torch.zeros(2, dtype=torch.int32), persistent=False)
         self.seed(0, "")
 
+    def key_at(self, progress: float) -> tuple[int, int]:
+        """The key of a step; progress tells steps apart down to 2**-40."""
+        return derive_key(self._stream, round(progress * 2**40))
+
     def seed(self, seed: int, name: str) -> None:
         """Give this source its own stream: hash of the seed and the quantizer's name in the model."""
         low, high = derive_key(seed, *name.encode())
@@ -183,11 +188,8 @@ class NoiseSource(nn.Module):
         self.set_progress(0.0)
 
     def set_progress(self, progress: float) -> None:
-        """Derive the key of a step; progress tells steps apart down to 2**-40."""
-        low, high = derive_key(self._stream, round(progress * 2**40))
-        # Two fills, not one copy: a copy from a host tensor would synchronise a GPU at every step.
-        self.key[0].fill_(low)
-        self.key[1].fill_(high)
+        """Derive the key of a step."""
+        set_keys([self], progress)
 
     def forward(self, v: Tensor) -> Tensor:
         """Noise in (0, 1), float32, shape and device of `v`."""
@@ -219,3 +221,21 @@ class NoiseSource(nn.Module):
             bits = mix_words(row.view(*rows, 1, 1), column.view(v.shape[3], v.shape[1]))
             return bits.permute(0, 3, 1, 2)
         return mix_words(row.view(*rows, 1), column).view(v.shape)
+
+
+def set_keys(sources: Sequence[NoiseSource], progress: float) -> None:
+    """`set_progress` of many sources of one device, in two operations."""
+    fill(
+        [source.key[half] for source in sources for half in (0, 1)],
+        [word for source in sources for word in source.key_at(progress)],
+    )
+
+
+def fill(tensors: Sequence[Tensor], values: Sequence[float]) -> None:
+    """Fill each tensor with its own number.
+
+    The numbers are arguments of a kernel. A copy from a tensor of the host would make a GPU wait at every step.
+    """
+    if tensors:
+        torch._foreach_zero_(list(tensors))
+        torch._foreach_add_(list(tensors), list(values))

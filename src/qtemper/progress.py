@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from qtemper.quantizer import quantizers
+from qtemper.quantizer import Rounding, quantizers
 
 
 def set_progress(model: nn.Module, progress: float) -> None:
@@ -19,11 +19,13 @@ def set_progress(model: nn.Module, progress: float) -> None:
     """
     if not 0.0 <= progress <= 1.0:
         raise ValueError(f"progress must be in [0, 1], got {progress}; pass step / num_steps.")
-    found = False
+    roundings: dict[type[Rounding], list[Rounding]] = {}
     for _, quantizer in quantizers(model):
-        quantizer.set_progress(progress)
-        found = True
-    if not found:
+        quantizer.grid.set_progress(progress)
+        roundings.setdefault(type(quantizer.rounding), []).append(quantizer.rounding)
+    for kind, found in roundings.items():
+        kind.set_progress_together(found, progress)
+    if not roundings:
         raise ValueError("the model has no quantizers; call qtemper.prepare(model, method, policy) first.")
 
 

@@ -17,7 +17,7 @@ from qtemper.recipes import get_recipe
 ASSIGNMENTS_SEPARATOR = ";"
 
 
-YOUNGER = {("data", "held_out"): 0}
+YOUNGER = {("data", "held_out"): 0, ("train", "cuda_graphs"): False, ("float_train", "cuda_graphs"): False}
 """Settings that came after the first comparisons, which go on: at this default they do not enter a run's hash."""
 
 
@@ -55,7 +55,7 @@ class Run:
         """Of everything in the experiment but its name, and but stages where there are none."""
         data = {key: value for key, value in to_dict(self.experiment).items() if key != "name"}
         for (part, field), default in YOUNGER.items():
-            if data[part][field] == default:
+            if data[part] is not None and data[part][field] == default:
                 del data[part][field]
         if not data["stages"]:  # as before there was such a field: comparisons of that time go on
             del data["stages"]

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from qtemper import functional as F
-from qtemper.counter import NoiseSource
+from qtemper.counter import NoiseSource, fill, set_keys
 from qtemper.methods.ewgs import DELTA_MAX, Delta, FixedDelta, HessianDelta
 from qtemper.methods.lsq import LearnedStep
 from qtemper.quantizer import Grid, Method, QuantSpec, Rounding, TensorKind
@@ -128,16 +128,24 @@ class CorrelationDelta(Delta):
 
     def advance(self) -> None:
         """Take the statistics of the last backward pass."""
-        # Tensors only: reading a number here would synchronise a GPU once per quantizer and step.
-        usable = torch.isfinite(self.sums).all() & (self.sums[1] > 0)
-        averages = self.momentum * self.averages + (1 - self.momentum) * self.sums
-        self.averages.copy_(torch.where(usable, averages, self.averages))
-        self.sums.zero_()
-        correlation, noise, mean, square, count = self.averages.unbind()
+        self.advance_together([self])
+
+    @staticmethod
+    def advance_together(rules: Sequence[CorrelationDelta]) -> None:
+        """`advance` of many rules of one momentum and device."""
+        # Tensors only: reading a number here would synchronise a GPU.
+        momentum = rules[0].momentum
+        sums, before = torch.stack([r.sums for r in rules]), torch.stack([r.averages for r in rules])
+        usable = torch.isfinite(sums).all(dim=1) & (sums[:, 1] > 0)
+        averages = torch.where(usable[:, None], momentum * before + (1 - momentum) * sums, before)
+        correlation, noise, mean, square, count = averages.unbind(dim=1)
         std = (square / count - (mean / count) ** 2).clamp_min(0).sqrt()
-        error = math.sqrt((1 - self.momentum) / (1 + self.momentum)) / (3 * noise.sqrt())
+        error = math.sqrt((1 - momentum) / (1 + momentum)) / (3 * noise.sqrt())
         delta = (correlation / noise / (3 * std) - 2 * error).clamp(0, DELTA_MAX)
-        self.value.copy_(torch.where(usable & torch.isfinite(delta), delta, self.value))
+        delta = torch.where(usable & torch.isfinite(delta), delta, torch.stack([r.value for r in rules]))
+        torch._foreach_copy_([r.averages for r in rules], list(averages))
+        torch._foreach_copy_([r.value for r in rules], list(delta))
+        torch._foreach_zero_([r.sums for r in rules])
 
 
 @final
@@ -196,11 +204,22 @@ class TemperedRounding(Rounding):
 
     def set_progress(self, progress: float) -> None:
         """Set the temperature, draw fresh noise, take the last step's curvature statistics."""
-        if isinstance(self.delta, CorrelationDelta | GradientDelta):
-            self.delta.advance()
-        if self.noise is not None:
-            self.temperature.fill_(self.schedule(progress))
-            self.noise.set_progress(progress)
+        self.set_progress_together([self], progress)
+
+    @classmethod
+    def set_progress_together(cls, roundings: Sequence[TemperedRounding], progress: float) -> None:
+        """See `Rounding`."""
+        rules: dict[object, list[CorrelationDelta]] = {}
+        for rounding in roundings:
+            if isinstance(rounding.delta, GradientDelta):
+                rounding.delta.advance()
+            elif isinstance(rounding.delta, CorrelationDelta):
+                rules.setdefault((rounding.delta.momentum, rounding.delta.sums.device), []).append(rounding.delta)
+        for alike in rules.values():
+            CorrelationDelta.advance_together(alike)
+        noisy = [r for r in roundings if r.noise is not None]
+        fill([r.temperature for r in noisy], [r.schedule(progress) for r in noisy])
+        set_keys([r.noise for r in noisy if r.noise is not None], progress)
 
     def statistics(self) -> list[Tensor]:
         """The curvature sums, where there are any."""

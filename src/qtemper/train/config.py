@@ -30,6 +30,8 @@ class TrainConfig:
             TF32 unless `torch.backends.cudnn.allow_tf32` is False.
         channels_last: memory format of images and weights.
         compile: compile the training step's forward and backward with torch.compile; on a CPU it needs a C++ compiler.
+        cuda_graphs: with `compile`, on one GPU: record the kernels of a step once and replay them as CUDA graphs, which
+            spares a small network most of the time that starting kernels takes, for a little more memory.
         evaluate_every: test accuracy every so many epochs (and after the last); 0 for the end only.
         checkpoint_every: a checkpoint every so many epochs (and after the last).
         log_every: optimizer steps between two lines of metrics.jsonl.
@@ -51,6 +53,7 @@ class TrainConfig:
     precision: Literal["float32", "bf16"] = "float32"
     channels_last: bool = True
     compile: bool = False
+    cuda_graphs: bool = field(default=False, repr=False)  # no other result, so that a checkpoint goes on under either
     evaluate_every: int = 1
     checkpoint_every: int = 1
     log_every: int = 50

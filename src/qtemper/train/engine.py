@@ -170,7 +170,7 @@ class _Trainer:
         else:
             self.log.truncate(0)
         self.advance()
-        compiled = torch.compile(state.model, fullgraph=True) if config.compile else state.model
+        compiled = self.compiled(state.model) if config.compile else state.model
         self.forward: Callable[[Tensor], Tensor] = compiled
         if self.fabric.world_size > 1:
             assert isinstance(compiled, nn.Module)
@@ -192,6 +192,11 @@ class _Trainer:
                 except DivergedError as error:
                     self.roll_back(error)
         return state.history
+
+    def compiled(self, model: nn.Module) -> Any:
+        """The network through torch.compile, and through CUDA graphs where there can be any."""
+        graphs = self.config.cuda_graphs and self.fabric.device.type == "cuda" and self.fabric.world_size == 1
+        return torch.compile(model, fullgraph=True, mode="reduce-overhead" if graphs else None)
 
     def epoch(self) -> None:
         """The rest of the epoch under way, its evaluation and checkpoint."""
