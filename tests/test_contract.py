@@ -14,7 +14,7 @@ from qtemper.calibrate import search_scale
 from qtemper.counter import NoiseSource
 from qtemper.functional import code_range
 from qtemper.methods.ewgs import EWGS
-from qtemper.quantizer import Quantizer, QuantSpec
+from qtemper.quantizer import Quantizer, QuantSpec, quantizers
 
 METHODS = qtemper.methods_available()
 KINDS = ("weight", "activation")
@@ -307,3 +307,16 @@ def test_runs_under_autocast_and_activation_checkpointing(method):
     ).sum().backward()
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         assert (p.grad is None and q.grad is None) or torch.equal(p.grad, q.grad)
+
+
+def test_quantizers_told_together_are_as_quantizers_told_one_by_one(method):
+    model = prepared(method)
+    twin = copy.deepcopy(model)
+    for step in range(3):
+        qtemper.set_progress(model, step / 4)
+        for _, quantizer in quantizers(twin):
+            quantizer.set_progress(step / 4)
+        for each in (model, twin):
+            each(batch()).square().mean().backward()
+        for (name, own), other in zip(model.named_buffers(), twin.buffers(), strict=True):
+            assert torch.equal(own, other), name
