@@ -9,6 +9,7 @@ at these sizes a call from Python takes longer than its kernels.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -60,14 +61,13 @@ def tensors(kind: TensorKind, megabytes: int, dtype: torch.dtype) -> list[Tensor
 
 def microseconds(calls: Callable[[], object]) -> Spread:
     """Of one of the `SETS` calls that `calls` makes."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            calls()
-    torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(3):
+        calls()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # On the stream that everything has run on: a backward pass runs on its forward pass's, and a recording on another
+    # one must not wait for it.
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         kept = calls()
     times = []
     for _ in range(REPLAYS):
@@ -89,13 +89,13 @@ def measure(name: str, megabytes: int, dtype: torch.dtype, mode: str | None) -> 
     compiled = torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
     xs = [x.requires_grad_() for x in tensors(kind, megabytes, dtype)]
     grads = [torch.randn_like(x) for x in xs]
-    into = torch.empty_like(xs[0])
+    into = [torch.empty_like(x) for x in xs]
     inputs = list(module.parameters())
 
     def copy() -> None:
         with torch.no_grad():
-            for x in xs:
-                into.copy_(x)
+            for x, y in zip(xs, into, strict=True):
+                y.copy_(x)
 
     def forward() -> list[Tensor]:
         return [compiled(x) for x in xs]
@@ -127,7 +127,7 @@ def measure(name: str, megabytes: int, dtype: torch.dtype, mode: str | None) -> 
 def main() -> None:
     """Measure, print, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", nargs="+", type=int, default=[64, 256, 1024], help="of a tensor")
+    parser.add_argument("--megabytes", nargs="+", type=int, default=[64, 512], help="of a tensor")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--modes", nargs="+", default=["default"], help="of torch.compile")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
@@ -135,13 +135,15 @@ def main() -> None:
     chosen = parser.parse_args()
     torch._functorch.config.donated_buffer = False  # a backward pass is to run more than once
     found = []
-    for mode in chosen.modes:
-        for name in chosen.cases:
-            for dtype in chosen.dtypes:
-                for megabytes in chosen.megabytes:
-                    found.append(measure(name, megabytes, getattr(torch, dtype), None if mode == "default" else mode))
-                    record = {"environment": environment(0), "found": found}
-                    chosen.out.write_text(json.dumps(record, indent=2) + "\n")
+    stream = torch.cuda.Stream()  # the default one cannot be recorded
+    for mode, name, dtype, size in itertools.product(chosen.modes, chosen.cases, chosen.dtypes, chosen.megabytes):
+        try:
+            with torch.cuda.stream(stream):
+                found.append(measure(name, size, getattr(torch, dtype), None if mode == "default" else mode))
+        except RuntimeError as error:  # one that fails must not take the others' numbers along
+            print(f"{name}, {size} MB, {dtype}: {error}"[:300], flush=True)
+        record = {"environment": environment(0), "found": found}
+        chosen.out.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

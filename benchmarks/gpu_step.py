@@ -84,9 +84,9 @@ class Contestant:
 def main() -> None:
     """Measure, print, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=["float", "ste", "lsq", "tempering"])
+    parser.add_argument("--methods", nargs="+", default=["float", "lsq", "tempering"])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--precision", nargs="+", choices=["float32", "bf16"], default=["float32", "bf16"])
+    parser.add_argument("--precision", nargs="+", choices=["float32", "bf16"], default=["bf16"])
     parser.add_argument("--bits", default="W2A2")
     parser.add_argument("--rounds", type=int, default=5, help="measured epochs")
     parser.add_argument("--steps", type=int, default=100)

@@ -22,7 +22,11 @@ from qtemper.train import OptimConfig, TrainConfig, engine, fit
 from qtemper.train.engine import train_step
 from qtemper.train.processes import make_fabric
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    # torch warns of what is done here on purpose: no TF32, and a mode in which to wait is an error.
+    pytest.mark.filterwarnings("default"),
+]
 DEVICE = "cuda"
 
 
@@ -92,7 +96,7 @@ def test_noise_is_the_cpus_to_the_bit(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("method", available())
 def test_first_steps_lose_what_they_lose_on_a_cpu(method: str) -> None:
     model = network(method)
-    expected = losses(model, "cpu", 2)
+    expected = losses(model, "cpu", 2, enabled=False)  # there the fast path may round noise to a finer grid
     for enabled in (True, False):
         # Sums are added up in another order; an activation at the edge of a bin then falls into the next one.
         assert losses(model, DEVICE, 2, enabled=enabled) == pytest.approx(expected, rel=0.02)
@@ -102,7 +106,7 @@ def test_first_steps_lose_what_they_lose_on_a_cpu(method: str) -> None:
 def test_fifty_steps_lose_what_the_reference_path_loses(method: str) -> None:
     model = network(method)
     ours, reference = losses(model, DEVICE, 50), losses(model, DEVICE, 50, enabled=False)
-    other = losses(model, "cpu", 50)
+    other = losses(model, "cpu", 50, enabled=False)
     spread = torch.tensor(reference) - torch.tensor(other)  # what another order of sums makes of it
     error = torch.tensor(ours) - torch.tensor(reference)
     assert error.abs().mean() < 3 * spread.abs().mean() + 1e-3
@@ -128,8 +132,8 @@ def test_a_step_waits_for_nothing(method: str | None) -> None:
 
 @contextlib.contextmanager
 def waiting_is_an_error() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -154,11 +158,11 @@ def test_compiled_and_replayed_steps_learn_what_eager_ones_do(method: str | None
         torch.compiler.reset()
         found, _ = train(method, epochs=6, precision=precision, **options)
         assert found[0]["train_loss"] == pytest.approx(expected[0]["train_loss"], rel=0.05), options
-        assert found[-1]["train_loss"] == pytest.approx(expected[-1]["train_loss"], rel=0.3), options
+        assert found[-1]["train_loss"] == pytest.approx(expected[-1]["train_loss"], rel=0.3, abs=0.05), options
 
 
 def test_a_checkpoint_goes_on_there_and_under_graphs(tmp_path: Path) -> None:
-    whole, _ = train("tempering", epochs=4)
+    whole, _ = train("tempering", epochs=4, compile=True)
 
     class Enough(Exception):
         pass
@@ -175,10 +179,11 @@ def test_a_checkpoint_goes_on_there_and_under_graphs(tmp_path: Path) -> None:
     engine.evaluate = stop  # type: ignore[assignment]
     try:
         with pytest.raises(Enough):
-            train("tempering", tmp_path, epochs=4)
+            train("tempering", tmp_path, epochs=4, compile=True)
     finally:
         engine.evaluate = evaluate
-    found, _ = train("tempering", tmp_path, epochs=4, resume=True)
+    # `cuda_graphs` is no part of what a checkpoint has to agree with; `compile` is.
+    found, _ = train("tempering", tmp_path, epochs=4, resume=True, compile=True, cuda_graphs=True)
     assert [epoch["step"] for epoch in found] == [epoch["step"] for epoch in whole]
     assert found[-1]["train_loss"] == pytest.approx(whole[-1]["train_loss"], rel=0.2)
 

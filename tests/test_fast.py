@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import qtemper
 from qtemper import fast
 from qtemper.counter import NoiseSource
-from qtemper.fast import blocks, integer, packing, pooling
+from qtemper.fast import blocks, integer, packing, plan, pooling
 from qtemper.fast import layer as fast_layer
 from qtemper.fast.integer import Geometry, convolve_codes, is_exact
 from qtemper.methods.ewgs import EWGS
@@ -231,6 +231,17 @@ def test_the_output_lies_in_memory_as_the_float_layers(w_format, x_format, compi
     torch._dynamo.reset()
     out = torch.compile(layer, fullgraph=True, backend="aot_eager")(x) if compiled else layer(x)
     assert out.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("method", ["lsq", "tempering"])
+def test_a_linear_layer_is_a_product_of_matrices_where_there_are_no_integers(method, monkeypatch):
+    monkeypatch.setattr(plan, "packing_of", lambda *_, **__: None)  # as on a GPU
+    monkeypatch.setattr(plan, "_multiplies", lambda layer, _: layer.linear)
+    layer, x = make("linear", method)
+    out, gradients = run(layer, x, enabled=True)
+    plain, expected = run(layer, x, enabled=False)
+    assert torch.equal(out, plain)
+    torch.testing.assert_close(gradients, expected)
 
 
 def test_hooks_on_a_quantizer_and_a_forward_of_its_own_get_the_plain_forward():

@@ -107,9 +107,13 @@ def _one_batch(
             if bent
             else [None] * len(tensors)
         )
-        for (name, out), sign, product, b in zip(flat, signs, products, bins, strict=True):
-            if product is not None:
-                total[name] += float((sign * b * product).sum()) / (out.numel() * len(outputs[name]))
+        sums = [
+            b.new_zeros(()) if product is None else (sign * b * product).sum()
+            for sign, b, product in zip(signs, bins, products, strict=True)
+        ]
+        # Read at once: a GPU would have to be waited for at each.
+        for (name, out), found in zip(flat, torch.stack([s.to(value.device) for s in sums]).tolist(), strict=True):
+            total[name] += found / (out.numel() * len(outputs[name]))
         means = {name: t / draw for name, t in total.items()}
         if draw > 1 and all(abs(means[n] - previous[n]) <= tolerance * (abs(means[n]) + 1e-12) for n in means):
             break

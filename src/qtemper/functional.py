@@ -297,10 +297,12 @@ def probe_curvature(value: Tensor, noise: Tensor, sums: Tensor) -> Tensor:
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     # `Function.apply` first reads the signature, for torch.func's sake, which takes longer than a small operation does.
+    # And where no gradient is wanted, it is its forward.
     apply: Any = function.apply
     if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         args = torch._functorch.utils.unwrap_dead_wrappers(args)
-        apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+        graph = torch.is_grad_enabled()
+        apply = super(torch.autograd.Function, function).apply if graph else function.forward  # type: ignore[misc]
     result: Tensor = apply(*args)
     return result
 

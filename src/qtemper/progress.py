@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from qtemper.quantizer import Rounding, quantizers
@@ -31,10 +32,8 @@ def set_progress(model: nn.Module, progress: float) -> None:
 
 def temperature(model: nn.Module) -> float | None:
     """The highest temperature of the model's quantizers, or None where none has any."""
-    found = [
-        float(t) for _, q in quantizers(model) if isinstance(t := getattr(q.rounding, "temperature", None), Tensor)
-    ]
-    return max(found) if found else None
+    found = [t for _, q in quantizers(model) if isinstance(t := getattr(q.rounding, "temperature", None), Tensor)]
+    return float(torch.stack([t.to(found[0].device) for t in found]).max()) if found else None
 
 
 class Tempering:

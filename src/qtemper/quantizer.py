@@ -205,10 +205,7 @@ class Rounding(nn.Module, ABC):
 
     @classmethod
     def set_progress_together(cls, roundings: Sequence[Any], progress: float) -> None:
-        """`set_progress` of all a model's roundings of this class; override it to do so in fewer operations.
-
-        An operation on a few numbers takes a GPU, and the host that starts it, as long as one on a million.
-        """
+        """`set_progress` of all a model's roundings of this class; override it to do so in fewer operations."""
         for rounding in roundings:
             rounding.set_progress(progress)
 
@@ -296,16 +293,25 @@ class Quantizer(nn.Module):
             x_hat = F.replace_value(x_hat, self.grid.decode(value, v, real).detach())
         return x_hat.to(x.dtype), value.detach()
 
+    def positions(self, x: Tensor, *, hard: bool = False) -> Tensor:
+        """The second of `quantize`, without the other's cost; `hard`: that of the hard quantizer, in training too.
+
+        Raises:
+            NotCalibratedError: before `calibrate`.
+        """
+        self.require_calibrated()
+        surrogate = self.training and not self.rounding.hard_forward and not hard
+        with torch.no_grad():
+            v = self.grid.encode(x.to(torch.promote_types(x.dtype, torch.float32)))
+            return self.rounding(v) if surrogate else torch.round(v)
+
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of `x`, int16, in [qmin, qmax]: what a device stores.
 
         Raises:
             NotCalibratedError: before `calibrate`.
         """
-        self.require_calibrated()
-        with torch.no_grad():
-            real = x.to(torch.promote_types(x.dtype, torch.float32))
-            return torch.round(self.grid.encode(real)).to(torch.int16)
+        return self.positions(x, hard=True).to(torch.int16)
 
     def set_progress(self, progress: float) -> None:
         """Pass training progress in [0, 1] to the grid and the rounding."""

@@ -57,8 +57,10 @@ class Packing:
             steps = relative * self.steps + self.shift if self.steps != 1 or self.shift else relative
         if self.low < 0:
             return steps.to(torch.int8)
-        # torch's own conversion of floats to uint8 takes three times as long as these two; inductor's does not.
-        return steps.to(torch.uint8) if torch.compiler.is_compiling() else steps.to(torch.int32).to(torch.uint8)
+        if torch.compiler.is_compiling():
+            return steps.to(torch.uint8)
+        # torch's own conversion of floats to uint8 takes three times as long as either of these; inductor's does not.
+        return steps.to(torch.int8).view(torch.uint8) if self.high < 128 else steps.to(torch.int16).to(torch.uint8)
 
     def unpack(self, codes: Tensor, like: Tensor) -> Tensor:
         """Positions of codes, in the dtype of `like`."""
@@ -98,19 +100,27 @@ def packing_of(quantizer: Quantizer, *, signed: bool) -> Packing | None:
 
 def quantize(quantizer: Quantizer, packing: Packing | None, x: Tensor) -> tuple[Tensor, Tensor]:
     """Fake-quantized values, and the integers that they are made of (empty where there are none)."""
-    if packing is None:
+    if packing is None or not packing.noisy:
         x_hat, positions = quantizer.quantize(x)
-        return x_hat, positions.new_empty(0)
+        return x_hat, positions.new_empty(0) if packing is None else packing.pack(positions, None)
     codes: list[Tensor] = []
 
     def through_codes(positions: Tensor) -> Tensor:
         codes.append(packing.pack(positions, noise_of(quantizer)[0]))
         return packing.unpack(codes[0], positions)
 
-    if packing.noisy:
-        return quantizer.quantize(x, through_codes)[0], codes[0]
-    x_hat, positions = quantizer.quantize(x)
-    return x_hat, packing.pack(positions, None)
+    return quantizer.quantize(x, through_codes)[0], codes[0]
+
+
+def fake_quantize(quantizer: Quantizer, packing: Packing | None, x: Tensor) -> Tensor:
+    """The first of `quantize`, without the other's cost: codes are made only where they change the values."""
+    return quantize(quantizer, packing if packing is not None and packing.noisy else None, x)[0]
+
+
+def codes_of(quantizer: Quantizer, packing: Packing, x: Tensor) -> Tensor:
+    """The second of `quantize`, without the other's cost; no gradient."""
+    with torch.no_grad():
+        return packing.pack(quantizer.positions(x), noise_of(quantizer)[0] if packing.noisy else None)
 
 
 def noise_of(*quantizers: Quantizer) -> list[NoiseSource]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, linear
 
 from qtemper.fast.integer import ACCUMULATOR_MAX, Geometry, convolve_codes, is_exact
 from qtemper.fast.packing import Packing, packing_of
@@ -79,7 +79,10 @@ def convolve_integers(x_codes: Tensor, w_codes: Tensor, scale: Tensor, shift: in
 def convolve(x_hat: Tensor, w_hat: Tensor, plan: LayerPlan) -> Tensor:
     """The float convolution, in the plan's dtype."""
     stride, padding, dilation, groups = plan.geometry
-    return conv2d(x_hat.to(plan.dtype), w_hat.to(plan.dtype), None, stride, padding, dilation, groups)
+    x, w = x_hat.to(plan.dtype), w_hat.to(plan.dtype)
+    if _multiplies(plan, x):
+        return linear(x.flatten(1), w.flatten(1))[:, :, None, None]
+    return conv2d(x, w, None, stride, padding, dilation, groups)
 
 
 def convolve_backward(
@@ -89,10 +92,19 @@ def convolve_backward(
     stride, padding, dilation, groups = (list(p) if isinstance(p, tuple) else p for p in plan.geometry)
     x, w = x_hat.to(grad.dtype), w_hat.to(grad.dtype)
     mask = [wanted[0], wanted[1], False]
-    found = torch.ops.aten.convolution_backward(
-        grad, x, w, None, stride, padding, dilation, False, [0, 0], groups, mask
-    )
+    if _multiplies(plan, x):
+        g = grad.flatten(1)
+        found = [(g @ w.flatten(1)).view(x.shape), (g.T @ x.flatten(1)).view(w.shape)]
+    else:
+        found = torch.ops.aten.convolution_backward(
+            grad, x, w, None, stride, padding, dilation, False, [0, 0], groups, mask
+        )
     return (
         found[0].to(x_hat.dtype) if mask[0] else None,
         found[1].to(w_hat.dtype) if mask[1] else None,
     )
+
+
+def _multiplies(plan: LayerPlan, x: Tensor) -> bool:
+    """Whether a linear layer is a product of matrices here. On a GPU a convolution is slower, and TF32 by default."""
+    return plan.linear and x.device.type != "cpu"

@@ -312,7 +312,7 @@ class _Trainer:
         if self.out is None:
             return None
         path = None
-        if not all(bool(torch.isfinite(p).all()) for p in self.state.model.parameters()):
+        if not torch.stack([torch.isfinite(p).all() for p in self.state.model.parameters()]).all():
             raise DivergedError(
                 f"the weights became NaN or infinite in step {self.state.step}; lower optim.lr or optim.quantizer_lr, "
                 "or set optim.clip_norm. Earlier checkpoints are sound."
