@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 ACCUMULATOR_MAX = 2**31 - 1
 
@@ -28,15 +29,7 @@ class Geometry(NamedTuple):
 POINTWISE = Geometry((1, 1), (0, 0), (1, 1), 1)
 
 
-# With a schema, as everywhere here: torch 2.6 does not read one from `list[int]`.
-@torch.library.custom_op(
-    "qtemper::convolve_codes",
-    mutates_args=(),
-    schema="(Tensor x, Tensor w, Tensor scale, int zero_point, int[] geometry, ScalarType dtype) -> Tensor",
-)
-def _convolve_codes(
-    x: Tensor, w: Tensor, scale: Tensor, zero_point: int, geometry: list[int], dtype: torch.dtype
-) -> Tensor:
+def _convolve(x: Tensor, w: Tensor, scale: Tensor, zero_point: int, geometry: list[int], dtype: torch.dtype) -> Tensor:
     stride, padding, dilation, groups = geometry[:2], geometry[2:4], geometry[4:6], geometry[6]
     zeros = torch.zeros(scale.shape, dtype=torch.int32)
     op = torch.ops.onednn
@@ -44,6 +37,15 @@ def _convolve_codes(
     tail: tuple[object, ...] = (stride, padding, dilation, groups, 1.0, 0, dtype, "none", [], "")
     result: Tensor = op.qconv2d_pointwise(x, 1.0, zero_point, packed, scale, zeros, None, *tail)
     return result
+
+
+# An operator for compilers. With a schema, as everywhere here: torch 2.6 does not read one from `list[int]`.
+_convolve_codes = torch.library.custom_op(
+    "qtemper::convolve_codes",
+    _convolve,
+    mutates_args=(),
+    schema="(Tensor x, Tensor w, Tensor scale, int zero_point, int[] geometry, ScalarType dtype) -> Tensor",
+)
 
 
 @_convolve_codes.register_fake
@@ -73,8 +75,10 @@ def convolve_codes(
         Shape (N, O, H', W'), channels_last; no gradient.
     """
     numbers = [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
-    result: Tensor = _convolve_codes(x, w, scale, zero_point, numbers, dtype)
-    return result
+    if torch.compiler.is_compiling() or type(x) is not Tensor or is_in_torch_dispatch_mode():
+        result: Tensor = _convolve_codes(x, w, scale, zero_point, numbers, dtype)
+        return result
+    return _convolve(x, w, scale, zero_point, numbers, dtype)  # an operator takes 0.1 ms to find its implementation
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
