@@ -177,22 +177,25 @@ class _ElementwiseGradientScaling(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(v: Tensor, value: Tensor, delta: Tensor) -> Tensor:
+    def forward(v: Tensor, value: Tensor, delta: Tensor, sums: Tensor | None) -> Tensor:
         return value.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         # Inputs only: `v - value` saved as a constant would give a silently wrong second derivative.
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs[:3])
+        ctx.sums = inputs[3]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         v, value, delta = ctx.saved_tensors
+        if ctx.sums is not None:
+            _probe_curvature(grad.detach().to(torch.float32), (value - torch.round(v)).to(torch.float32), ctx.sums)
         factor = 1 + delta * torch.sign(grad) * (v - value)
-        return grad * factor.clamp_min(0), None, None
+        return grad * factor.clamp_min(0), None, None, None
 
 
-def elementwise_gradient_scaling(v: Tensor, value: Tensor, delta: Tensor) -> Tensor:
+def elementwise_gradient_scaling(v: Tensor, value: Tensor, delta: Tensor, sums: Tensor | None = None) -> Tensor:
     """Forward `value`; backward scales each element's gradient by its own discretization error.
 
         dL/dv = g * max(0, 1 + delta * sign(g) * (v - value))
@@ -201,12 +204,25 @@ def elementwise_gradient_scaling(v: Tensor, value: Tensor, delta: Tensor) -> Ten
     bins. The factor is never negative for `delta` in [0, 2) and `value = round(v)`; with noise in `value` the
     error can be larger than half a bin, so the factor is clamped at zero.
 
+    With zero-mean noise eta in `value`, `sum(g * eta) / sum(eta^2)` estimates the mean diagonal of the Hessian there
+    without bias (to second order); `sums` collects what that takes.
+
     Args:
         v: position on the grid, in bins.
         value: what the forward pass returns, in bins; gets no gradient, but second derivatives see its graph.
         delta: scale of the correction, shape (), in 1 / bins; gets no gradient.
+        sums: float32 buffer, shape (5,), to which the backward pass adds
+            `[sum g*eta, sum eta^2, sum g, sum g^2, number of elements]` with `eta = value - round(v)`; not within
+            torch.func's transforms, whose functions must not change anything.
     """
-    return _apply(_ElementwiseGradientScaling, v, value, delta)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        sums = None
+    return _apply(_ElementwiseGradientScaling, v, value, delta, sums)
+
+
+def _probe_curvature(g: Tensor, noise: Tensor, sums: Tensor) -> None:
+    count = torch.full((), float(g.numel()), device=g.device)
+    sums.add_(torch.stack([(g * noise).sum(), (noise * noise).sum(), g.sum(), (g * g).sum(), count]))
 
 
 class _DecodeLearnedStep(torch.autograd.Function):
@@ -256,44 +272,6 @@ def positive(x: Tensor) -> Tensor:
     """`max(x, SCALE_FLOOR)`; the gradient passes even below the floor, so that a step can come back up."""
     # SCALE_FLOOR as a literal: torch.compile(dynamic=True) makes a variable of a global float, and then fails.
     return _replace_few(x, x.detach().clamp_min(max(1e-8, torch.finfo(x.dtype).tiny)))
-
-
-class _ProbeCurvature(torch.autograd.Function):
-    @staticmethod
-    def forward(value: Tensor, noise: Tensor, sums: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.sums = inputs[2]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (noise,) = ctx.saved_tensors
-        g = grad.detach().to(torch.float32)
-        noise = noise.to(torch.float32)
-        count = torch.full((), float(g.numel()), device=g.device)
-        ctx.sums.add_(torch.stack([(g * noise).sum(), (noise * noise).sum(), g.sum(), (g * g).sum(), count]))
-        return grad, None, None
-
-
-def probe_curvature(value: Tensor, noise: Tensor, sums: Tensor) -> Tensor:
-    """Forward `value`, backward `g`; the backward pass adds to `sums` what the noise says of the curvature.
-
-    With zero-mean noise eta added to a point, `sum(g * eta) / sum(eta^2)` estimates the mean diagonal of the
-    Hessian there without bias (to second order).
-
-    Args:
-        value: noisy position, in bins.
-        noise: the noise in `value`, same shape, in bins.
-        sums: float32 buffer, shape (5,), to which the backward pass adds
-            `[sum g*noise, sum noise^2, sum g, sum g^2, number of elements]`; not within torch.func's transforms,
-            whose functions must not change anything.
-    """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return value
-    return _apply(_ProbeCurvature, value, noise, sums)
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:

@@ -96,7 +96,7 @@ class GradientDelta(Delta):
 
 @final
 class CorrelationDelta(Delta):
-    """EWGS's formula fed by what the injected noise reveals of the curvature (`functional.probe_curvature`).
+    """EWGS's formula fed by what the injected noise reveals of the curvature (`elementwise_gradient_scaling`).
 
     The estimate of delta has the standard error `sqrt((1 - m) / (1 + m)) / (3 * sqrt(sum eta^2))`, m the momentum,
     which grows as the noise fades. Delta is the estimate less two of them, or 0: what is not significant does
@@ -190,16 +190,13 @@ class TemperedRounding(Rounding):
                     multiplier = multiplier * self.delta.gain()
                 value = q + multiplier * (v - q)
         if self.scales_gradient:
-            out = F.elementwise_gradient_scaling(v, value, self.delta().to(v.dtype))
+            sums = self.delta.sums if isinstance(self.delta, CorrelationDelta) and self.noise is not None else None
+            out = F.elementwise_gradient_scaling(v, value, self.delta().to(v.dtype), sums)
         else:
             out = F.replace_value(v, value)
-        if multiplier is None:
-            return out
-        noise = multiplier * (v - q).detach()
-        if isinstance(self.delta, GradientDelta):
+        if isinstance(self.delta, GradientDelta) and multiplier is not None:
+            noise = multiplier * (v - q).detach()
             return out + (noise - noise.detach())
-        if isinstance(self.delta, CorrelationDelta):
-            return F.probe_curvature(out, noise.detach(), self.delta.sums)
         return out
 
     def set_progress(self, progress: float) -> None:
