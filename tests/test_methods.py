@@ -139,6 +139,16 @@ class TestTemperingNoise:
         assert torch.equal(found, x.grad)
         assert torch.equal(each[0], x.grad)
 
+    def test_statistics_keep_no_graph_when_second_derivatives_are_wanted(self):
+        quantizer = make(NoiseTempering(), "weight", 2, "signed", 0.6)
+        x, g = data("signed")
+        x = x.detach().requires_grad_()
+        (first,) = torch.autograd.grad((quantizer(x) * g).square().sum(), x, create_graph=True)
+        sums = quantizer.rounding.delta.sums
+        assert sums.any()
+        assert not sums.requires_grad
+        assert torch.isfinite(torch.autograd.grad(first.sum(), x)[0]).all()
+
     @pytest.mark.parametrize("rule", ["fixed", "gradient"])
     @pytest.mark.parametrize("noise", ["uniform", "gaussian"])
     def test_values_stay_within_reach(self, noise, rule):

@@ -190,7 +190,9 @@ class _ElementwiseGradientScaling(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         v, value, delta = ctx.saved_tensors
         if ctx.sums is not None:
-            _probe_curvature(grad.detach().to(torch.float32), (value - torch.round(v)).to(torch.float32), ctx.sums)
+            _probe_curvature(
+                grad.detach().to(torch.float32), (value - torch.round(v)).detach().to(torch.float32), ctx.sums
+            )
         factor = 1 + delta * torch.sign(grad) * (v - value)
         return grad * factor.clamp_min(0), None, None, None
 
