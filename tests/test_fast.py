@@ -233,6 +233,22 @@ def test_the_output_lies_in_memory_as_the_float_layers(w_format, x_format, compi
     assert out.stride() == expected.stride()
 
 
+def test_a_parameter_of_both_quantizers_gets_its_gradient_once():
+    layer, x = make()
+    layer.weight_quantizer.grid.step = layer.act_quantizer.grid.step
+    _, gradients = run(layer, x, enabled=True)
+    _, expected = run(layer, x, enabled=False)
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_a_batch_of_no_images_has_a_gradient_of_none(monkeypatch):
+    monkeypatch.setattr(plan, "packing_of", lambda *_, **__: None)
+    layer, x = make()
+    empty = x[:0].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(layer(empty).sum(), empty)
+    assert grad.shape == empty.shape
+
+
 @pytest.mark.parametrize("method", ["lsq", "tempering"])
 def test_a_linear_layer_is_a_product_of_matrices_where_there_are_no_integers(method, monkeypatch):
     monkeypatch.setattr(plan, "packing_of", lambda *_, **__: None)  # as on a GPU

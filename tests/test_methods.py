@@ -149,6 +149,15 @@ class TestTemperingNoise:
         assert not sums.requires_grad
         assert torch.isfinite(torch.autograd.grad(first.sum(), x)[0]).all()
 
+    def test_a_rounding_of_two_quantizers_moves_once(self):
+        one, two = (make(NoiseTempering(), "weight", 2, "signed", 0.6) for _ in range(2))
+        two.rounding = one.rounding
+        alone = make(NoiseTempering(), "weight", 2, "signed", 0.6)
+        for model in (torch.nn.ModuleList([one, two]), alone):
+            qtemper.set_progress(model, 0.25)
+        assert torch.equal(one.rounding.temperature, alone.rounding.temperature)
+        assert torch.equal(one.rounding.noise.key, alone.rounding.noise.key)
+
     @pytest.mark.parametrize("rule", ["fixed", "gradient"])
     @pytest.mark.parametrize("noise", ["uniform", "gaussian"])
     def test_values_stay_within_reach(self, noise, rule):

@@ -155,11 +155,13 @@ def race(
     results: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
         workers: dict[str, Worker] = {}
-        if together:
-            waiting = {key: stack.enter_context(worker(key, setup, fast=fast)) for key in keys}
+        waiting: dict[str, Worker] = {}
+        for key in keys if together else []:
+            with contextlib.suppress(WorkerError):  # which the loop below meets again
+                waiting[key] = stack.enter_context(worker(key, setup, fast=fast))
         for key in keys:
             try:
-                started = waiting[key] if together else stack.enter_context(worker(key, setup, fast=fast))
+                started = waiting.get(key) or stack.enter_context(worker(key, setup, fast=fast))
                 results[key] = {**started.begin(), "visits": []}
                 workers[key] = started
                 say(f"{key}: first step {results[key]['first_step_seconds']:.1f} s")

@@ -224,7 +224,8 @@ class NoiseSource(nn.Module):
 
 
 def set_keys(sources: Sequence[NoiseSource], progress: float) -> None:
-    """`set_progress` of many sources of one device, in two operations."""
+    """`set_progress` of many sources, in two operations where they are on one device."""
+    sources = list(dict.fromkeys(sources))  # one that is shared must not be added to twice
     fill(
         [source.key[half] for source in sources for half in (0, 1)],
         [word for source in sources for word in source.key_at(progress)],
@@ -232,7 +233,7 @@ def set_keys(sources: Sequence[NoiseSource], progress: float) -> None:
 
 
 def fill(tensors: Sequence[Tensor], values: Sequence[float]) -> None:
-    """Fill each tensor with its own number.
+    """Fill each of several different tensors with its own number.
 
     The numbers are arguments of a kernel. A copy from a tensor of the host would make a GPU wait at every step.
     """

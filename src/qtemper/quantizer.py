@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from qtemper import functional as F
-from qtemper.counter import NoiseSource
 from qtemper.errors import NotCalibratedError, check_choices
 from qtemper.functional import CodeRange, Levels
 
@@ -261,7 +260,6 @@ class Quantizer(nn.Module):
         self.spec = spec
         self.grid = grid
         self.rounding = rounding
-        self.noise_sources = tuple(module for module in rounding.modules() if isinstance(module, NoiseSource))
         self.name = "quantizer"
         self.enabled = True
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtemper.fast.packing import codes_of, fake_quantize
+from qtemper.fast.packing import codes_of, fake_quantize, noise_of
 from qtemper.fast.plan import LayerPlan, convolve, convolve_backward, convolve_integers, output_scale, pixels
 from qtemper.quantizer import Quantizer
 
@@ -38,8 +38,7 @@ class _Blocked(torch.autograd.Function):
         ctx.act, ctx.weight, ctx.plan = act, weight, plan
         ctx.modes = act.training, weight.training
         # The keys only so that autograd notices if noise is drawn anew before the backward pass has drawn it again.
-        keys = (noise.key for noise in (*act.noise_sources, *weight.noise_sources))
-        ctx.save_for_backward(x, latent, *parameters, *keys)
+        ctx.save_for_backward(x, latent, *parameters, *(noise.key for noise in noise_of(act, weight)))
         a, w = plan.act, plan.weight
         if a is None or w is None:
             x_hat = _by_blocks(act, x, lambda block: fake_quantize(act, None, block), plan.dtype)
@@ -103,20 +102,22 @@ def _backward_by_blocks(
         grad, pixels(x_hat, plan), pixels(w_hat.detach(), plan), plan, (for_act, for_weight)
     )
     del x_hat
-    # Everything in one call: each takes as long as a pass over a small tensor.
-    outs: list[Tensor] = []
-    grads: list[Tensor] = []
+    result: list[Tensor | None] = [None] * len(inputs)
     if grad_w is not None:
-        outs, grads = [w_hat], [grad_w.reshape(w_hat.shape)]
+        found = _gradients([w_hat], [w_leaf, *parameters[split:]], [grad_w.reshape(w_hat.shape)])
+        result[1], result[2 + split :] = found[0], found[1:]
     if grad_x is not None:
         grad_x = grad_x.reshape(x.shape)
-        outs += [out for _, _, out in parts]
-        grads += [grad_x[rows].to(out.dtype) for rows, _, out in parts]
-    leaves = [leaf for _, leaf, _ in parts]
-    found = _gradients(outs, [*leaves, w_leaf, *parameters], grads)
-    pieces = [(rows, piece) for (rows, _, _), piece in zip(parts, found, strict=False) if piece is not None]
-    found[: len(parts)] = [_joined(x, pieces, x.dtype) if wanted[0] and pieces else None]
-    return [g if w else None for g, w in zip(found, wanted, strict=True)]
+        outs = [out for _, _, out in parts]
+        found = _gradients(
+            outs,
+            [*(leaf for _, leaf, _ in parts), *parameters[:split]],
+            [grad_x[rows].to(out.dtype) for rows, _, out in parts],
+        )
+        pieces = [(rows, piece) for (rows, _, _), piece in zip(parts, found, strict=False) if piece is not None]
+        result[0] = _joined(x, pieces, x.dtype) if pieces or not parts else None
+        result[2 : 2 + split] = found[len(parts) :]
+    return [g if w else None for g, w in zip(result, wanted, strict=True)]
 
 
 def _gradients(outs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor | None]:
@@ -133,7 +134,7 @@ def _gradients(outs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) ->
 
 def _blocks(act: Quantizer, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Groups of samples with their place, while the quantizer's noise knows which they are."""
-    sources = act.noise_sources
+    sources = noise_of(act)
     size = max(1, BLOCK // max(x[:1].numel(), 1)) if x.device.type == "cpu" else max(1, len(x))
     try:
         for first in range(0, len(x), size):

@@ -31,7 +31,7 @@ POINTWISE = Geometry((1, 1), (0, 0), (1, 1), 1)
 
 def _convolve(x: Tensor, w: Tensor, scale: Tensor, zero_point: int, geometry: list[int], dtype: torch.dtype) -> Tensor:
     stride, padding, dilation, groups = geometry[:2], geometry[2:4], geometry[4:6], geometry[6]
-    zeros = torch.zeros(scale.shape, dtype=torch.int32)
+    zeros = torch.zeros(scale.shape, dtype=torch.int32, device=scale.device)
     op = torch.ops.onednn
     packed = op.qconv_prepack(w, scale, 1.0, zero_point, stride, padding, dilation, groups, list(x.shape))
     tail: tuple[object, ...] = (stride, padding, dilation, groups, 1.0, 0, dtype, "none", [], "")

@@ -76,7 +76,7 @@ def packing_of(quantizer: Quantizer, *, signed: bool) -> Packing | None:
     # Half bins, so that only integers and strings decide: torch.compile would make variables of floats.
     qmin, qmax, _ = quantizer.grid.limits
     half = 1 if quantizer.grid.levels == "symmetric" else 0
-    noisy = quantizer.training and not quantizer.rounding.hard_forward and len(quantizer.noise_sources) > 0
+    noisy = quantizer.training and not quantizer.rounding.hard_forward and len(noise_of(quantizer)) > 0
     below, above = 2 * qmin + half, 2 * qmax + half
     if quantizer.integral:
         steps = 1 + half
@@ -106,7 +106,7 @@ def quantize(quantizer: Quantizer, packing: Packing | None, x: Tensor) -> tuple[
     codes: list[Tensor] = []
 
     def through_codes(positions: Tensor) -> Tensor:
-        codes.append(packing.pack(positions, quantizer.noise_sources[0]))
+        codes.append(packing.pack(positions, noise_of(quantizer)[0]))
         return packing.unpack(codes[0], positions)
 
     return quantizer.quantize(x, through_codes)[0], codes[0]
@@ -120,4 +120,9 @@ def fake_quantize(quantizer: Quantizer, packing: Packing | None, x: Tensor) -> T
 def codes_of(quantizer: Quantizer, packing: Packing, x: Tensor) -> Tensor:
     """The second of `quantize`, without the other's cost; no gradient."""
     with torch.no_grad():
-        return packing.pack(quantizer.positions(x), quantizer.noise_sources[0] if packing.noisy else None)
+        return packing.pack(quantizer.positions(x), noise_of(quantizer)[0] if packing.noisy else None)
+
+
+def noise_of(*quantizers: Quantizer) -> list[NoiseSource]:
+    """The noise sources of quantizers."""
+    return [module for q in quantizers for module in q.modules() if isinstance(module, NoiseSource)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,16 +93,21 @@ def convolve_backward(
     stride, padding, dilation, groups = (list(p) if isinstance(p, tuple) else p for p in plan.geometry)
     x, w = x_hat.to(grad.dtype), w_hat.to(grad.dtype)
     mask = [wanted[0], wanted[1], False]
+    found: Sequence[Tensor | None]
     if _multiplies(plan, x):
         g = grad.flatten(1)
-        found = [(g @ w.flatten(1)).view(x.shape), (g.T @ x.flatten(1)).view(w.shape)]
+        found = (
+            (g @ w.flatten(1)).view(x.shape) if mask[0] else None,
+            (g.T @ x.flatten(1)).view(w.shape) if mask[1] else None,
+        )
     else:
         found = torch.ops.aten.convolution_backward(
             grad, x, w, None, stride, padding, dilation, False, [0, 0], groups, mask
         )
+    grad_x, grad_w = found[:2]
     return (
-        found[0].to(x_hat.dtype) if mask[0] else None,
-        found[1].to(w_hat.dtype) if mask[1] else None,
+        None if grad_x is None else grad_x.to(x_hat.dtype),
+        None if grad_w is None else grad_w.to(w_hat.dtype),
     )
 
 

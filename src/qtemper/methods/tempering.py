@@ -214,7 +214,7 @@ class TemperedRounding(Rounding):
                 rules.setdefault((rounding.delta.momentum, rounding.delta.sums.device), []).append(rounding.delta)
         for alike in rules.values():
             CorrelationDelta.advance_together(alike)
-        noisy = [r for r in roundings if r.noise is not None]
+        noisy = [r for r in dict.fromkeys(roundings) if r.noise is not None]
         fill([r.temperature for r in noisy], [r.schedule(progress) for r in noisy])
         set_keys([r.noise for r in noisy if r.noise is not None], progress)
 
