@@ -27,25 +27,25 @@ from qtemper.train import OptimConfig, TrainConfig, fit
 BATCH = 128
 
 
-def source(steps: int) -> MemorySource:
-    """Random images, as many as an epoch of `steps` needs; one batch of test images."""
+def source(steps: int, batch: int = BATCH, device: str = "cpu") -> MemorySource:
+    """Random images, as many as an epoch of `steps` needs; a few test images."""
 
     def split(count: int) -> Split:
         generator = torch.Generator().manual_seed(count)
         images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
         return Split(images, torch.randint(0, 10, (count,), generator=generator))
 
-    data = ImageData(name="random", classes=tuple("0123456789"), train=split(steps * BATCH), test=split(8))
-    return MemorySource(data, "half")
+    data = ImageData(name="random", classes=tuple("0123456789"), train=split(steps * batch), test=split(8))
+    return MemorySource(data.to(device), "half")
 
 
-def network(method: str) -> nn.Module:
-    """ResNet-20, float or prepared at W4A4."""
+def network(method: str, bits: str = "W4A4") -> nn.Module:
+    """ResNet-20, float or prepared."""
     torch.manual_seed(0)
     model = build(ModelConfig("resnet20", num_classes=10)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     assert isinstance(model, nn.Module)
     if method != "float":
-        qtemper.prepare(model, method, "W4A4")
+        qtemper.prepare(model, method, bits)
         qtemper.calibrate(model, [torch.randn(32, 3, 32, 32)])
     return model
 

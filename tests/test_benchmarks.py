@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from benchmarks import rand_text
+from benchmarks import gpu_step, rand_text
 from benchmarks.training_step import __main__ as command
 from benchmarks.training_step.memory import saved_bytes
 from benchmarks.training_step.report import summarize
@@ -119,3 +119,12 @@ def test_a_text_run_is_one_line_and_is_not_run_again(tmp_path, monkeypatch, caps
     (line,) = map(json.loads, first.splitlines())
     assert line["bpc"] == line["bpc_at"]["4"]  # at the bits of the training it is the trained network
     assert capsys.readouterr().out.count("rand max / tensor | 1 |") == 2
+
+
+def test_steps_are_timed_and_a_failure_takes_nothing_along(tmp_path):
+    out = tmp_path / "steps.json"
+    small = ["--ways", "eager", "--precision", "float32", "--rounds", "1", "--steps", "1", "--device", "cpu"]
+    assert gpu_step.main([*small, "--methods", "nothing", "float", "--out", str(out)]) == 0
+    failed, timed = json.loads(out.read_text())["found"]
+    assert "nothing" in failed["failure"]
+    assert timed["minutes_400_epochs"] == pytest.approx(timed["milliseconds"]["median"] * 195 * 400 / 6e4)

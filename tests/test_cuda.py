@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import qtemper
 from qtemper import fast
@@ -52,12 +52,12 @@ def images(count: int, seed: int = 0) -> Split:
 DATA = ImageData("quarters", images(512), images(256, seed=1), tuple("abcd"))
 
 
-def network(method: str | None, bits: str = "W4A4") -> nn.Module:
+def network(method: str | None) -> nn.Module:
     torch.manual_seed(0)
     model = build(ModelConfig("resnet20", num_classes=4))
     if method is None:
         return model
-    qtemper.prepare(model, method, bits)
+    qtemper.prepare(model, method, "W4A4")
     return qtemper.calibrate(model, [torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))])
 
 
@@ -139,35 +139,31 @@ def waiting_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def train(
-    method: str | None, out: Path | None = None, **options: Any
-) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    model = network(method)
-    resume = options.pop("resume", False)
+def train(method: str | None, out: Path | None = None, *, resume: bool = False, **options: Any) -> list[dict[str, Any]]:
     config = TrainConfig(batch_size=64, optim=OptimConfig(lr=0.02), curvature_every=0, **options)
     source = MemorySource(DATA.to(DEVICE), "half", padding=1)
-    return fit(model, source, config, out=out, resume=resume), model.state_dict()
+    return fit(network(method), source, config, out=out, resume=resume)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("method", [None, "lsq", "tempering"])
 def test_compiled_and_replayed_steps_learn_what_eager_ones_do(method: str | None, precision: str) -> None:
-    expected, _ = train(method, epochs=6, precision=precision)
+    expected = train(method, epochs=6, precision=precision)
     assert expected[-1]["train_loss"] < 0.7 * expected[0]["train_loss"]
     for options in ({"compile": True}, {"compile": True, "cuda_graphs": True}):
         torch.compiler.reset()
-        found, _ = train(method, epochs=6, precision=precision, **options)
+        found = train(method, epochs=6, precision=precision, **options)
         assert found[0]["train_loss"] == pytest.approx(expected[0]["train_loss"], rel=0.05), options
         assert found[-1]["train_loss"] == pytest.approx(expected[-1]["train_loss"], rel=0.3, abs=0.05), options
 
 
-def test_a_checkpoint_goes_on_there_and_under_graphs(tmp_path: Path) -> None:
-    whole, _ = train("tempering", epochs=4, compile=True)
+def test_a_checkpoint_goes_on_there_and_under_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train("tempering", epochs=4, compile=True)
 
     class Enough(Exception):
         pass
 
-    calls = []
+    calls, evaluate = [], engine.evaluate
 
     def stop(*args: Any, **kwargs: Any) -> float:
         calls.append(1)
@@ -175,22 +171,18 @@ def test_a_checkpoint_goes_on_there_and_under_graphs(tmp_path: Path) -> None:
             raise Enough
         return evaluate(*args, **kwargs)
 
-    evaluate = engine.evaluate
-    engine.evaluate = stop  # type: ignore[assignment]
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "evaluate", stop)
         with pytest.raises(Enough):
             train("tempering", tmp_path, epochs=4, compile=True)
-    finally:
-        engine.evaluate = evaluate
     # `cuda_graphs` is no part of what a checkpoint has to agree with; `compile` is.
-    found, _ = train("tempering", tmp_path, epochs=4, resume=True, compile=True, cuda_graphs=True)
+    found = train("tempering", tmp_path, epochs=4, resume=True, compile=True, cuda_graphs=True)
     assert [epoch["step"] for epoch in found] == [epoch["step"] for epoch in whole]
     assert found[-1]["train_loss"] == pytest.approx(whole[-1]["train_loss"], rel=0.2)
 
 
-def test_noise_lies_in_memory_once() -> None:
-    """What a compiled step keeps for the backward pass is no more than the float network's."""
-    peaks = {}
+def test_a_compiled_step_keeps_no_more_than_the_float_networks() -> None:
+    kept = {}
     for method in (None, "lsq"):
         torch.compiler.reset()
         model = network(method).to(DEVICE, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -201,6 +193,6 @@ def test_noise_lies_in_memory_once() -> None:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         out = step(x)
-        peaks[method] = torch.cuda.memory_allocated() - before
+        kept[method] = torch.cuda.memory_allocated() - before
         out.square().mean().backward()
-    assert peaks["lsq"] < 1.05 * peaks[None]
+    assert kept["lsq"] < 1.05 * kept[None]

@@ -112,5 +112,5 @@ def convolve_backward(
 
 
 def _multiplies(plan: LayerPlan, x: Tensor) -> bool:
-    """Whether a linear layer is a product of matrices here. On a GPU a convolution is slower, and TF32 by default."""
+    """Whether a linear layer is a product of matrices here. On a GPU a convolution is TF32 by default."""
     return plan.linear and x.device.type != "cpu"

@@ -126,13 +126,9 @@ class CorrelationDelta(Delta):
         """The current estimate's delta."""
         return self.value
 
-    def advance(self) -> None:
-        """Take the statistics of the last backward pass."""
-        self.advance_together([self])
-
     @staticmethod
     def advance_together(rules: Sequence[CorrelationDelta]) -> None:
-        """`advance` of many rules of one momentum and device."""
+        """Take the statistics of the last backward pass: all rules of one momentum and device."""
         # Tensors only: reading a number here would synchronise a GPU.
         momentum = rules[0].momentum
         sums, before = torch.stack([r.sums for r in rules]), torch.stack([r.averages for r in rules])

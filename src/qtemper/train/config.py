@@ -30,8 +30,8 @@ class TrainConfig:
             TF32 unless `torch.backends.cudnn.allow_tf32` is False.
         channels_last: memory format of images and weights.
         compile: compile the training step's forward and backward with torch.compile; on a CPU it needs a C++ compiler.
-        cuda_graphs: with `compile`, on one GPU: record the kernels of a step once and replay them as CUDA graphs, which
-            spares a small network most of the time that starting kernels takes, for a little more memory.
+        cuda_graphs: with `compile`, on one GPU: record the kernels of a step once and replay them as CUDA graphs, so
+            that a small network does not wait for each to be started. Untried on a GPU so far.
         evaluate_every: test accuracy every so many epochs (and after the last); 0 for the end only.
         checkpoint_every: a checkpoint every so many epochs (and after the last).
         log_every: optimizer steps between two lines of metrics.jsonl.
