@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import qtemper
 from qtemper import fast
 from qtemper.counter import NoiseSource
-from qtemper.fast import blocks, integer, packing, plan, pooling
+from qtemper.fast import blocks, integer, norm, packing, plan, pooling
 from qtemper.fast import layer as fast_layer
 from qtemper.fast.integer import Geometry, convolve_codes, is_exact
 from qtemper.methods.ewgs import EWGS
@@ -356,6 +356,48 @@ def test_compiled_pooling_is_torchs(size):
     out = torch.compile(pool, fullgraph=True)(x)
     assert torch.equal(out, expected)
     assert torch.equal(torch.autograd.grad(out, x, grad)[0], expected_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mean", [0.0, 300.0])
+def test_compiled_batch_norm_is_torchs(mean, dtype):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.BatchNorm2d(5, momentum=0.3), nn.BatchNorm2d(5, track_running_stats=False))
+    with torch.no_grad():
+        for layer in plain:
+            layer.weight.uniform_(-2, 2)
+            layer.bias.uniform_(-2, 2)
+    quick, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    norm.adopt(quick)
+    assert all(type(layer) is norm.BatchNorm2d for layer in quick)
+    # Far from zero, bfloat16 holds two numbers in a standard deviation, to which all of this is exact again.
+    x = (mean + torch.randn(6, 5, 7, 9)).to(dtype).contiguous(memory_format=torch.channels_last)
+    grad = torch.randn(6, 5, 7, 9).to(dtype).contiguous(memory_format=torch.channels_last)
+
+    def step(model, call, cast):
+        leaf = x.detach().to(cast).requires_grad_()
+        out = call(leaf)
+        out.backward(grad.to(cast))
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        return [out.detach(), leaf.grad, *(p.grad for p in model.parameters()), *model.buffers()]
+
+    found = step(quick, torch.compile(quick, fullgraph=True), dtype)
+    reference, expected = step(exact, exact, torch.float64), step(plain, plain, dtype)
+    assert quick[0].num_batches_tracked == 1
+    for ours, theirs, true in zip(found, expected, reference, strict=True):
+        assert ours.dtype == theirs.dtype
+        # Rounding is torch's own, give or take: of an input at 300 the float32 mean alone is off by 1e-5.
+        slack = 1e-5 * (1 + mean / 30) if dtype == torch.float32 else 2e-2
+        error = (ours.double() - true).abs().max()
+        assert error <= 4 * (theirs.double() - true).abs().max() + slack * (1 + true.abs().max())
+
+
+def test_batch_norm_of_one_number_is_torchs_error():
+    layer = nn.Sequential(nn.BatchNorm2d(3))
+    norm.adopt(layer)
+    x = torch.randn(1, 3, 1, 1).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(Exception, match="more than 1 value per channel"):
+        torch.compile(layer)(x)
 
 
 @pytest.mark.parametrize("where", ["input", "weight"])

@@ -190,9 +190,8 @@ class _ElementwiseGradientScaling(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         v, value, delta = ctx.saved_tensors
         if ctx.sums is not None:
-            _probe_curvature(
-                grad.detach().to(torch.float32), (value - torch.round(v)).detach().to(torch.float32), ctx.sums
-            )
+            noise = (value - torch.round(v)).detach().to(torch.float32)
+            _probe_curvature(grad.detach().to(torch.float32), noise, ctx.sums, v)
         factor = 1 + delta * torch.sign(grad) * (v - value)
         return grad * factor.clamp_min(0), None, None, None
 
@@ -222,9 +221,9 @@ def elementwise_gradient_scaling(v: Tensor, value: Tensor, delta: Tensor, sums: 
     return _apply(_ElementwiseGradientScaling, v, value, delta, sums)
 
 
-def _probe_curvature(g: Tensor, noise: Tensor, sums: Tensor) -> None:
+def _probe_curvature(g: Tensor, noise: Tensor, sums: Tensor, like: Tensor) -> None:
     count = torch.full((), float(g.numel()), device=g.device)
-    sums.add_(torch.stack([(g * noise).sum(), (noise * noise).sum(), g.sum(), (g * g).sum(), count]))
+    sums.add_(torch.stack([*(_total(x, like) for x in (g * noise, noise * noise, g, g * g)), count]))
 
 
 class _DecodeLearnedStep(torch.autograd.Function):
@@ -236,19 +235,23 @@ class _DecodeLearnedStep(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, v, scale, ctx.qmin, ctx.qmax, ctx.zero_point = inputs
-        # The output, not `value`: it is in memory anyway, so noise in `value` need not be drawn again. Autograd knows
-        # its graph as it knows that of an input.
-        ctx.save_for_backward(output, v, scale)
+        value, v, scale, ctx.qmin, ctx.qmax, ctx.zero_point = inputs
+        # The output is in memory anyway, so noise in `value` need not be drawn again (autograd knows its graph as it
+        # knows that of an input). A compiler has `value` from what it reads at that place, or keeps it as codes.
+        ctx.by_value = torch.compiler.is_compiling()
+        ctx.save_for_backward(value if ctx.by_value else output, v, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None, None, None]:
-        x_hat, v, scale = ctx.saved_tensors
+        rounded, v, scale = ctx.saved_tensors
         position = v - ctx.zero_point if ctx.zero_point else v
         inside = keep_between(position, v, ctx.qmin, ctx.qmax)
-        residual = torch.addcmul(inside, x_hat, scale.detach().reciprocal(), value=-1)  # negative, in one pass
+        if ctx.by_value:
+            residual = inside - (rounded - ctx.zero_point if ctx.zero_point else rounded)  # negative
+        else:
+            residual = torch.addcmul(inside, rounded, scale.detach().reciprocal(), value=-1)  # the same in one pass
         # Detached: x / s in `encode` has a detached s, and dL/dx as a whole does not depend on s.
-        return grad * scale.detach(), None, -_sum_to(grad * residual, scale.shape), None, None, None
+        return grad * scale.detach(), None, -_sum_to(grad * residual, scale.shape, v), None, None, None
 
 
 def decode_learned_step(value: Tensor, v: Tensor, scale: Tensor, limits: CodeRange) -> Tensor:
@@ -288,10 +291,26 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     return result
 
 
-def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
-    """Undo a broadcast: sum `x` down to `shape`."""
+def sum_pixels(x: Tensor) -> Tensor:
+    """Images (N, C, H, W) to (C,), a row of an image after the other.
+
+    To a compiler a hint: over channels_last the order of the memory. Sums of the same images are then one loop.
+    """
+    return x.permute(0, 2, 3, 1).sum(2).sum((0, 1))
+
+
+def _total(x: Tensor, like: Tensor) -> Tensor:
+    """The sum of all elements of `x`, which lies in memory as `like` does."""
+    by_pixels = torch.compiler.is_compiling() and like.device.type == "cpu" and like.dim() == 4
+    if by_pixels and like.is_contiguous(memory_format=torch.channels_last):
+        return sum_pixels(x).sum()  # in the loop of the batch norm that the gradient goes to next
+    return x.sum()
+
+
+def _sum_to(x: Tensor, shape: torch.Size, like: Tensor) -> Tensor:
+    """Undo a broadcast: sum `x`, which lies in memory as `like` does, down to `shape`."""
     if not shape:
-        return x.sum()
+        return _total(x, like)
     dims = [i for i in range(x.dim()) if shape[i] == 1 and x.shape[i] != 1]
     return x.sum(dims, keepdim=True) if dims else x
 
