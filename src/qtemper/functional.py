@@ -68,10 +68,25 @@ def encode(x: Tensor, scale: Tensor, limits: CodeRange) -> Tensor:
     Gradients are autograd's: to `x` and `scale` inside the range (bounds included), zero outside.
     """
     # A reciprocal for the tensor, not a quotient for each element, which takes several times as long as a product.
-    position = x * scale.reciprocal()
+    position = x * in_memory(scale.reciprocal())
     if limits.zero_point:
         position = position + limits.zero_point
     return clamp(position, limits.qmin, limits.qmax)
+
+
+def in_memory(x: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+    """A scale, or a vector of channels, that a compiler for CPUs computes once.
+
+    inductor would put its formula into every loop over the elements that it scales: more to compile, and for every
+    element to compute. `as_strided` is what it needs in memory. Anything of another shape is returned as it is.
+
+    Args:
+        x: what is used without a gradient.
+        shape: of the vector; given, because to ask a gradient for its own makes Dynamo copy gradients.
+    """
+    if torch.compiler.is_dynamo_compiling() and x.device.type == "cpu" and x.dim() == len(shape):
+        return x if x.requires_grad else torch.as_strided(x, shape, (1,) * len(shape))
+    return x
 
 
 def decode(v: Tensor, scale: Tensor, limits: CodeRange) -> Tensor:
@@ -231,6 +246,7 @@ class _DecodeLearnedStep(torch.autograd.Function):
 
     @staticmethod
     def forward(value: Tensor, v: Tensor, scale: Tensor, qmin: int, qmax: int, zero_point: float) -> Tensor:
+        scale = in_memory(scale)
         return (value - zero_point) * scale if zero_point else value * scale
 
     @staticmethod
@@ -251,7 +267,7 @@ class _DecodeLearnedStep(torch.autograd.Function):
         else:
             residual = torch.addcmul(inside, rounded, scale.detach().reciprocal(), value=-1)  # the same in one pass
         # Detached: x / s in `encode` has a detached s, and dL/dx as a whole does not depend on s.
-        return grad * scale.detach(), None, -_sum_to(grad * residual, scale.shape, v), None, None, None
+        return grad * in_memory(scale.detach()), None, -_sum_to(grad * residual, scale.shape, v), None, None, None
 
 
 def decode_learned_step(value: Tensor, v: Tensor, scale: Tensor, limits: CodeRange) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qtemper import fast
-from qtemper.functional import sum_pixels
+from qtemper.functional import in_memory, sum_pixels
 
 
 class _Normalize(torch.autograd.Function):
@@ -45,12 +45,8 @@ class _Normalize(torch.autograd.Function):
 
 
 def _vector(x: Tensor, channels: int) -> Tensor:
-    """A vector of channels as an image, computed once: inductor would put its formula into the loop over the pixels.
-
-    `as_strided` is what inductor needs in memory. The shape is given because to ask a gradient for its own makes
-    Dynamo copy it.
-    """
-    return torch.as_strided(x, (channels,), (1,))[:, None, None]
+    """A vector of channels, for images."""
+    return in_memory(x, (channels,))[:, None, None]
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
