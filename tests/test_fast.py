@@ -392,6 +392,23 @@ def test_compiled_batch_norm_is_torchs(mean, dtype):
         assert error <= 4 * (theirs.double() - true).abs().max() + slack * (1 + true.abs().max())
 
 
+def test_compiled_batch_norm_does_as_its_settings_say():
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    untracked, unbiased = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    untracked.track_running_stats = False
+    unbiased.bias = None
+    for layer in (untracked, unbiased):
+        quick = nn.Sequential(copy.deepcopy(layer))
+        norm.adopt(quick)
+        torch.testing.assert_close(torch.compile(quick)(x), layer(x))
+        for name, buffer in layer.named_buffers():
+            torch.testing.assert_close(quick[0].get_buffer(name), buffer)
+    other = nn.Sequential(nn.BatchNorm2d(5))
+    norm.adopt(other)
+    with pytest.raises(Exception, match="should contain"):
+        torch.compile(other)(x[:, :1])
+
+
 def test_batch_norm_of_one_number_is_torchs_error():
     layer = nn.Sequential(nn.BatchNorm2d(3))
     norm.adopt(layer)

@@ -18,7 +18,7 @@ from qtemper.functional import in_memory, sum_pixels
 
 
 class _Normalize(torch.autograd.Function):
-    """Batch normalization with the statistics of its input, which the backward pass knows to be functions of it."""
+    """Batch normalization; `mean` and `rstd` are those of `x`, and the gradient through them is part of that of `x`."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
@@ -50,9 +50,9 @@ def _vector(x: Tensor, channels: int) -> Tensor:
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, in one pass over the images.
+    """Mean and biased variance of each channel, in one pass over the images once their middle rows are read.
 
-    Deviations are from the mean of the rows in the middle: close enough that the difference of squares loses no digits.
+    Deviations are from the mean of those rows: close enough that the difference of squares loses few digits.
     """
     real = x.float()
     count = real.numel() // real.shape[1]
@@ -73,9 +73,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         count = input.numel() // input.shape[1]
         with torch.no_grad():
             mean, variance = _statistics(input)
-            if self.running_mean is not None and self.running_var is not None:
-                assert self.num_batches_tracked is not None and self.momentum is not None  # noqa: PT018
-                self.num_batches_tracked.add_(1)
+            if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+                assert self.momentum is not None
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(1)
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
             rstd = torch.rsqrt(variance + self.eps)
@@ -85,12 +86,13 @@ class BatchNorm2d(nn.BatchNorm2d):
     def _fits(self, input: Tensor) -> bool:
         return (
             self.training
-            and self.affine
             and self.momentum is not None
-            and self.weight.dtype == torch.float32
+            and all(t is not None and t.dtype == torch.float32 for t in (self.weight, self.bias))
+            and all(t is None or t.dtype == torch.float32 for t in (self.running_mean, self.running_var))
             and input.dtype in (torch.float32, torch.bfloat16)
             and input.device.type == "cpu"
             and input.dim() == 4
+            and input.shape[1] == self.num_features
             and input.is_contiguous(memory_format=torch.channels_last)
             and input.numel() > input.shape[1]
         )
