@@ -78,10 +78,11 @@ def in_memory(x: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     """A scale, or a vector of channels, that a compiler for CPUs computes once.
 
     inductor would put its formula into every loop over the elements that it scales: more to compile, and for every
-    element to compute. `as_strided` is what it needs in memory. Anything of another shape is returned as it is.
+    element to compute. It has to have the input of `as_strided` in memory. What requires a gradient, or has another
+    number of dimensions, is returned as it is.
 
     Args:
-        x: what is used without a gradient.
+        x: a result of arithmetic, not a view of something larger.
         shape: of the vector; given, because to ask a gradient for its own makes Dynamo copy gradients.
     """
     if torch.compiler.is_dynamo_compiling() and x.device.type == "cpu" and x.dim() == len(shape):
@@ -199,14 +200,14 @@ class _ElementwiseGradientScaling(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         # Inputs only: `v - value` saved as a constant would give a silently wrong second derivative.
         ctx.save_for_backward(*inputs[:3])
-        ctx.sums = inputs[3]
+        ctx.sums, ctx.by_pixels = inputs[3], _by_pixels(inputs[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         v, value, delta = ctx.saved_tensors
         if ctx.sums is not None:
             noise = (value - torch.round(v)).detach().to(torch.float32)
-            _probe_curvature(grad.detach().to(torch.float32), noise, ctx.sums, v)
+            _probe_curvature(grad.detach().to(torch.float32), noise, ctx.sums, ctx.by_pixels)
         factor = 1 + delta * torch.sign(grad) * (v - value)
         return grad * factor.clamp_min(0), None, None, None
 
@@ -236,9 +237,9 @@ def elementwise_gradient_scaling(v: Tensor, value: Tensor, delta: Tensor, sums: 
     return _apply(_ElementwiseGradientScaling, v, value, delta, sums)
 
 
-def _probe_curvature(g: Tensor, noise: Tensor, sums: Tensor, like: Tensor) -> None:
+def _probe_curvature(g: Tensor, noise: Tensor, sums: Tensor, by_pixels: bool) -> None:
     count = torch.full((), float(g.numel()), device=g.device)
-    sums.add_(torch.stack([*(_total(x, like) for x in (g * noise, noise * noise, g, g * g)), count]))
+    sums.add_(torch.stack([*(_total(x, by_pixels) for x in (g * noise, noise * noise, g, g * g)), count]))
 
 
 class _DecodeLearnedStep(torch.autograd.Function):
@@ -246,15 +247,15 @@ class _DecodeLearnedStep(torch.autograd.Function):
 
     @staticmethod
     def forward(value: Tensor, v: Tensor, scale: Tensor, qmin: int, qmax: int, zero_point: float) -> Tensor:
-        scale = in_memory(scale)
+        scale = in_memory(scale.detach())
         return (value - zero_point) * scale if zero_point else value * scale
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         value, v, scale, ctx.qmin, ctx.qmax, ctx.zero_point = inputs
         # The output is in memory anyway, so noise in `value` need not be drawn again (autograd knows its graph as it
-        # knows that of an input). A compiler has `value` from what it reads at that place, or keeps it as codes.
-        ctx.by_value = torch.compiler.is_compiling()
+        # knows that of an input). A compiler makes `value` again, from x or from kept codes, and reads less memory.
+        ctx.by_value, ctx.by_pixels = torch.compiler.is_compiling(), _by_pixels(v)
         ctx.save_for_backward(value if ctx.by_value else output, v, scale)
 
     @staticmethod
@@ -267,7 +268,8 @@ class _DecodeLearnedStep(torch.autograd.Function):
         else:
             residual = torch.addcmul(inside, rounded, scale.detach().reciprocal(), value=-1)  # the same in one pass
         # Detached: x / s in `encode` has a detached s, and dL/dx as a whole does not depend on s.
-        return grad * in_memory(scale.detach()), None, -_sum_to(grad * residual, scale.shape, v), None, None, None
+        grad_scale = -_sum_to(grad * residual, scale.shape, ctx.by_pixels)
+        return grad * in_memory(scale.detach()), None, grad_scale, None, None, None
 
 
 def decode_learned_step(value: Tensor, v: Tensor, scale: Tensor, limits: CodeRange) -> Tensor:
@@ -315,18 +317,24 @@ def sum_pixels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).sum(2).sum((0, 1))
 
 
-def _total(x: Tensor, like: Tensor) -> Tensor:
-    """The sum of all elements of `x`, which lies in memory as `like` does."""
-    by_pixels = torch.compiler.is_compiling() and like.device.type == "cpu" and like.dim() == 4
-    if by_pixels and like.is_contiguous(memory_format=torch.channels_last):
-        return sum_pixels(x).sum()  # in the loop of the batch norm that the gradient goes to next
-    return x.sum()
+def _by_pixels(x: Tensor) -> bool:
+    """Whether sums over what lies in memory as `x` does are to be `sum_pixels`'s: in the loop of the next batch norm.
+
+    To be asked in the forward pass: Dynamo copies every gradient for a backward that looks at how memory is laid out.
+    """
+    images = torch.compiler.is_compiling() and x.device.type == "cpu" and x.dim() == 4
+    return images and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _sum_to(x: Tensor, shape: torch.Size, like: Tensor) -> Tensor:
-    """Undo a broadcast: sum `x`, which lies in memory as `like` does, down to `shape`."""
+def _total(x: Tensor, by_pixels: bool) -> Tensor:
+    """The sum of all elements."""
+    return sum_pixels(x).sum() if by_pixels else x.sum()
+
+
+def _sum_to(x: Tensor, shape: torch.Size, by_pixels: bool) -> Tensor:
+    """Undo a broadcast: sum `x` down to `shape`."""
     if not shape:
-        return _total(x, like)
+        return _total(x, by_pixels)
     dims = [i for i in range(x.dim()) if shape[i] == 1 and x.shape[i] != 1]
     return x.sum(dims, keepdim=True) if dims else x
 
