@@ -392,6 +392,20 @@ def test_compiled_batch_norm_is_torchs(mean, dtype):
         assert error <= 4 * (theirs.double() - true).abs().max() + slack * (1 + true.abs().max())
 
 
+def test_compiled_batch_norm_of_any_size_is_torchs():
+    plain = nn.Sequential(nn.BatchNorm2d(5))
+    quick = copy.deepcopy(plain)
+    norm.adopt(quick)
+    compiled = torch.compile(quick, dynamic=True, fullgraph=True)
+    for samples, height in ((4, 6), (6, 8)):
+        x = torch.randn(samples, 5, height, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
+        grad = torch.randn_like(x)
+        expected, found = plain(x), compiled(x)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found, x, grad), torch.autograd.grad(expected, x, grad))
+    torch.testing.assert_close(quick.state_dict(), plain.state_dict())
+
+
 def test_compiled_batch_norm_does_as_its_settings_say():
     x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     untracked, unbiased = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
