@@ -23,6 +23,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from qtemper.loops import in_memory, in_pixel_order, total
+
 Levels = Literal["unsigned", "signed", "symmetric"]
 """Kinds of uniform grid; see `code_range`."""
 
@@ -72,22 +74,6 @@ def encode(x: Tensor, scale: Tensor, limits: CodeRange) -> Tensor:
     if limits.zero_point:
         position = position + limits.zero_point
     return clamp(position, limits.qmin, limits.qmax)
-
-
-def in_memory(x: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
-    """A scale, or a vector of channels, that a compiler for CPUs computes once.
-
-    inductor would put its formula into every loop over the elements that it scales: more to compile, and for every
-    element to compute. It has to have the input of `as_strided` in memory. What requires a gradient, or has another
-    number of dimensions, is returned as it is.
-
-    Args:
-        x: a result of arithmetic, not a view of something larger.
-        shape: of the vector; given, because to ask a gradient for its own makes Dynamo copy gradients.
-    """
-    if torch.compiler.is_dynamo_compiling() and x.device.type == "cpu" and x.dim() == len(shape):
-        return x if x.requires_grad else torch.as_strided(x, shape, (1,) * len(shape))
-    return x
 
 
 def decode(v: Tensor, scale: Tensor, limits: CodeRange) -> Tensor:
@@ -200,7 +186,7 @@ class _ElementwiseGradientScaling(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         # Inputs only: `v - value` saved as a constant would give a silently wrong second derivative.
         ctx.save_for_backward(*inputs[:3])
-        ctx.sums, ctx.by_pixels = inputs[3], _by_pixels(inputs[0])
+        ctx.sums, ctx.by_pixels = inputs[3], in_pixel_order(inputs[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -239,7 +225,7 @@ def elementwise_gradient_scaling(v: Tensor, value: Tensor, delta: Tensor, sums: 
 
 def _probe_curvature(g: Tensor, noise: Tensor, sums: Tensor, by_pixels: bool) -> None:
     count = torch.full((), float(g.numel()), device=g.device)
-    sums.add_(torch.stack([*(_total(x, by_pixels) for x in (g * noise, noise * noise, g, g * g)), count]))
+    sums.add_(torch.stack([*(total(x, by_pixels) for x in (g * noise, noise * noise, g, g * g)), count]))
 
 
 class _DecodeLearnedStep(torch.autograd.Function):
@@ -255,7 +241,7 @@ class _DecodeLearnedStep(torch.autograd.Function):
         value, v, scale, ctx.qmin, ctx.qmax, ctx.zero_point = inputs
         # The output is in memory anyway, so noise in `value` need not be drawn again (autograd knows its graph as it
         # knows that of an input). A compiler makes `value` again, from x or from kept codes, and reads less memory.
-        ctx.by_value, ctx.by_pixels = torch.compiler.is_compiling(), _by_pixels(v)
+        ctx.by_value, ctx.by_pixels = torch.compiler.is_compiling(), in_pixel_order(v)
         ctx.save_for_backward(value if ctx.by_value else output, v, scale)
 
     @staticmethod
@@ -309,32 +295,10 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     return result
 
 
-def sum_pixels(x: Tensor) -> Tensor:
-    """Images (N, C, H, W) to (C,), a row of an image after the other.
-
-    To a compiler a hint: over channels_last the order of the memory. Sums of the same images are then one loop.
-    """
-    return x.permute(0, 2, 3, 1).sum(2).sum((0, 1))
-
-
-def _by_pixels(x: Tensor) -> bool:
-    """Whether sums over what lies in memory as `x` does are to be `sum_pixels`'s: in the loop of the next batch norm.
-
-    To be asked in the forward pass: Dynamo copies every gradient for a backward that looks at how memory is laid out.
-    """
-    images = torch.compiler.is_compiling() and x.device.type == "cpu" and x.dim() == 4
-    return images and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _total(x: Tensor, by_pixels: bool) -> Tensor:
-    """The sum of all elements."""
-    return sum_pixels(x).sum() if by_pixels else x.sum()
-
-
 def _sum_to(x: Tensor, shape: torch.Size, by_pixels: bool) -> Tensor:
     """Undo a broadcast: sum `x` down to `shape`."""
     if not shape:
-        return _total(x, by_pixels)
+        return total(x, by_pixels)
     dims = [i for i in range(x.dim()) if shape[i] == 1 and x.shape[i] != 1]
     return x.sum(dims, keepdim=True) if dims else x
 

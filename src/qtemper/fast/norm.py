@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qtemper import fast
-from qtemper.functional import in_memory, sum_pixels
+from qtemper.loops import in_memory, sum_pixels
 
 
 class _Normalize(torch.autograd.Function):
