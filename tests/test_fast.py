@@ -1,7 +1,9 @@
 """The fast path computes what the plain forward computes: exactly on codes, and with the same gradients."""
 
 import copy
+import math
 import platform
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import qtemper
 from qtemper import fast
 from qtemper.counter import NoiseSource
-from qtemper.fast import blocks, integer, norm, packing, plan, pooling
+from qtemper.fast import blocks, integer, norm, packing, plan, pooling, relu
 from qtemper.fast import layer as fast_layer
 from qtemper.fast.integer import Geometry, convolve_codes, is_exact
 from qtemper.methods.ewgs import EWGS
@@ -39,6 +41,7 @@ LAYERS = {
 def restore():
     yield
     fast.use_fast_path(True)
+    torch._dynamo.reset()  # it gives up on code that many tests compile
 
 
 def make(kind="conv", method="lsq", bits="W4A4", *, signed=False, granularity="tensor"):
@@ -356,6 +359,49 @@ def test_compiled_pooling_is_torchs(size):
     out = torch.compile(pool, fullgraph=True)(x)
     assert torch.equal(out, expected)
     assert torch.equal(torch.autograd.grad(out, x, grad)[0], expected_grad)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_relu_is_torchs(inplace, dtype):
+    """Its input read afterwards too, which a ReLU in place has changed."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu = nn.ReLU(inplace)
+
+        def forward(self, x):
+            y = x * 2
+            return self.relu(y) + 3 * y
+
+    plain = Twice()
+    x = torch.tensor([-math.inf, -1.0, -0.0, 0.0, 1e-30, 1.0, math.inf], dtype=dtype, requires_grad=True)
+    expected = plain(x)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), x)
+    quick = copy.deepcopy(plain)
+    relu.adopt(quick)
+    assert type(quick.relu) is relu.ReLU
+    for call in (quick, torch.compile(quick, fullgraph=True)):
+        out = call(x)
+        assert torch.equal(out, expected)
+        assert torch.equal(torch.autograd.grad(out.sum(), x)[0], expected_grad)
+
+
+@pytest.mark.parametrize("noise", ["uniform", "on_grid"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_compiled_codes_of_half_precision_are_those_of_eager_steps(noise, channels_last):
+    method = NoiseTempering(noise=noise, delta_rule="fixed", delta_weight=0.1)
+    layer, x = make(method=method)
+    x = x.detach().bfloat16()
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    act = layer.act_quantizer
+    packed = packing.packing_of(act, signed=False)
+    x_hat, codes = packing.quantize(act, packed, x)
+    found_x_hat, found = torch.compile(partial(packing.quantize, act, packed, half=True), fullgraph=True)(x)
+    assert torch.equal(codes, found)
+    assert torch.equal(x_hat, found_x_hat)
+    assert found.stride() == x.stride()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

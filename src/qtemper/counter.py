@@ -127,22 +127,22 @@ def uniform(bits: Tensor) -> Tensor:
     return (_shift_right(bits, 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
-def signed_uniform(bits: Tensor) -> Tensor:
-    """Uniform float32 in [-1, 1] from all 32 bits: an integer's conversion and nothing else, so the cheapest of these.
+def signed_uniform(bits: Tensor, reach: Tensor | float = 1.0) -> Tensor:
+    """Uniform float32 in [-reach, reach] from all 32 bits: a conversion and a product, so the cheapest of these.
 
-    The mean is -2**-32; the last 9 bits are lost where the magnitude is above 2**-7, so a `coarse_uniform` of the same
-    bits is independent to about 2**-23.
+    The mean is -2**-32 of `reach`; the last 9 bits are lost where the magnitude is above 2**-7, so a `coarse_uniform`
+    of the same bits is independent to about 2**-23.
     """
-    return bits.to(torch.float32) * 2.0**-31
+    return bits.to(torch.float32) * (reach * 2.0**-31)
 
 
-def coarse_uniform(bits: Tensor) -> Tensor:
-    """Uniform float32 in (0, 1) from 9 of 32 bits, independent of the other distributions of the same bits.
+def coarse_uniform(bits: Tensor, low: int = 0) -> Tensor:
+    """Uniform float32 in (low, low + 1) from 9 of 32 bits, independent of the other distributions of the same bits.
 
     The lower 9, which `uniform` leaves, xor others, because a product carries upwards only: the low bits of
     `mix_words` know nothing of the high bits of its words. And given a `gaussian`, the low bits alone are not random.
     """
-    return (((bits ^ (bits >> 14)) & 511).to(torch.float32) + 0.5) * 2.0**-9
+    return ((bits ^ (bits >> 14)) & 511).to(torch.float32) * 2.0**-9 + (low + 2.0**-10)
 
 
 def gaussian(bits: Tensor) -> Tensor:
@@ -195,17 +195,17 @@ class NoiseSource(nn.Module):
         """Noise in (0, 1), float32, shape and device of `v`."""
         return uniform(self._bits(v))
 
-    def signed(self, v: Tensor) -> Tensor:
-        """Noise in [-1, 1] of the same bits, for half the operations; not independent of `forward`."""
-        return signed_uniform(self._bits(v))
+    def signed(self, v: Tensor, reach: Tensor | float = 1.0) -> Tensor:
+        """Noise in [-reach, reach] of the same bits, for half the operations; not independent of `forward`."""
+        return signed_uniform(self._bits(v), reach)
 
     def gaussian(self, v: Tensor) -> Tensor:
         """Standard normal noise of the same bits."""
         return gaussian(self._bits(v))
 
-    def dither(self, v: Tensor) -> Tensor:
-        """Noise in (0, 1) in steps of 1/512, independent of `forward` and `signed`."""
-        return coarse_uniform(self._bits(v))
+    def dither(self, v: Tensor, low: int = 0) -> Tensor:
+        """Noise in (low, low + 1) in steps of 1/512, independent of `forward` and `signed`."""
+        return coarse_uniform(self._bits(v), low)
 
     def _bits(self, v: Tensor) -> Tensor:
         # A row: one of an image's; elsewhere what the last dimension holds, or a single element of a vector.

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from qtemper.loops import in_memory, in_pixel_order, total
+from qtemper.loops import clamp_in_loops, in_memory, in_pixel_order, total
 
 Levels = Literal["unsigned", "signed", "symmetric"]
 """Kinds of uniform grid; see `code_range`."""
@@ -86,7 +86,7 @@ class _Clamp(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, low: float, high: float) -> Tensor:
-        return torch.clamp(x, low, high)
+        return clamp_in_loops(x, low, high)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,29 @@ def in_memory(x: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     if torch.compiler.is_dynamo_compiling() and x.device.type == "cpu" and x.dim() == len(shape):
         return x if x.requires_grad else torch.as_strided(x, shape, (1,) * len(shape))
     return x
+
+
+def apart(x: Tensor) -> Tensor:
+    """Numbers that count as a tensor of their own, though a loop that alone reads them keeps them in registers.
+
+    To be put between half precision and integers. Where a loop's body has bfloat16 in it, inductor takes twice as many
+    elements at a time, and converts integers one by one: a quantizer with noise takes 3 times as long (AVX-512, torch
+    2.13). On either side of `as_strided` are two bodies.
+    """
+    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    if not torch.compiler.is_compiling() or x.device.type != "cpu" or not (channels_last or x.is_contiguous()):
+        return x
+    rows = x.permute(0, 2, 3, 1) if channels_last else x
+    stride = [math.prod(rows.shape[i + 1 :]) for i in range(rows.dim())]  # Dynamo fails to read one that changes
+    rows = torch.as_strided(rows, rows.shape, stride)
+    return rows.permute(0, 3, 1, 2) if channels_last else rows
+
+
+def clamp_in_loops(x: Tensor, low: float, high: float) -> Tensor:
+    """`torch.clamp`. For its maximum inductor looks for NaN, in three instructions, which in that of a ReLU are one."""
+    if low == 0 and torch.compiler.is_compiling():
+        return torch.clamp_max(torch.relu(x), high)
+    return torch.clamp(x, low, high)
 
 
 def sum_pixels(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from qtemper import layers
 from qtemper.counter import NoiseSource
 from qtemper.errors import ConfigError, UnsupportedModuleError
-from qtemper.fast import norm, pooling
+from qtemper.fast import norm, pooling, relu
 from qtemper.methods import get_method
 from qtemper.policy import FLOAT_BITS, BitPolicy, Granularity, Plan, Row, format_table, make_plan
 from qtemper.quantizer import Method, Quantizer, QuantSpec, TensorKind, quantizers
@@ -19,9 +19,9 @@ from qtemper.quantizer import Method, Quantizer, QuantSpec, TensorKind, quantize
 def prepare(model: nn.Module, method: Method | str, policy: BitPolicy | Plan | str, *, seed: int = 0) -> nn.Module:
     """Put quantizers into a float model, in place. Prepare the whole model at once, before wrapping it.
 
-    The layers become subclasses of what they were, and so do max pooling and batch norm, for speed; parameters, keys
-    of the float state dict, hooks and references stay. Everything the optimizer needs exists afterwards; the scales
-    come from `calibrate` or a checkpoint.
+    The layers become subclasses of what they were, and so do max pooling, batch norm and ReLU, for speed; parameters,
+    keys of the float state dict, hooks and references stay. Everything the optimizer needs exists afterwards; the
+    scales come from `calibrate` or a checkpoint.
 
     Args:
         model: the float model, on any device.
@@ -68,6 +68,7 @@ def prepare(model: nn.Module, method: Method | str, policy: BitPolicy | Plan | s
             layers.quantize_layer(layer, weight, act)
     pooling.adopt(model)
     norm.adopt(model)
+    relu.adopt(model)
     for name, quantizer in quantizers(model):
         quantizer.name = name
         quantizer.train(model.training)

@@ -191,7 +191,9 @@ class Rounding(nn.Module, ABC):
     """Whether training values are codes: integers in [qmin, qmax]."""
 
     reach: int | None = None
-    """How far outside [qmin, qmax] a training value can lie, in bins, rounded up; None if anywhere."""
+    """How far outside [qmin, qmax] a training value can lie, in bins, rounded up; None if anywhere.
+
+    Values farther out wrap around where they become 8-bit integers."""
 
     wants_curvature: bool = False
     """Whether `curvature.update_curvature` should measure this tensor's Hessian diagonal now and then."""

@@ -123,8 +123,9 @@ def _compiled(act: Quantizer, weight: Quantizer, plan: LayerPlan, x: Tensor, lat
     # Asking for its attribute lets the compiler know the function, without which it does not take it.
     if plan.act is not None and plan.act.noisy and keep.cache_hash:  # type: ignore[attr-defined]
         recompute = partial(recompute, context_fn=keep)
-    x_hat, x_codes = recompute(partial(quantize, act, plan.act), x)
-    w_hat, w_codes = quantize(weight, plan.weight, latent)  # small, and used far from where it is made
+    half = plan.dtype != torch.float32
+    x_hat, x_codes = recompute(partial(quantize, act, plan.act, half=half), x)
+    w_hat, w_codes = quantize(weight, plan.weight, latent, half=half)  # small, and used far from where it is made
     x_hat, w_hat = pixels(x_hat, plan), pixels(w_hat, plan)
     if plan.act is None:
         return convolve(x_hat, w_hat, plan)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qtemper.counter import NoiseSource
+from qtemper.loops import apart
 from qtemper.quantizer import Quantizer
 
 MIN_STEPS = 8
@@ -51,8 +52,9 @@ class Packing:
         relative = positions - self.zero_point if self.zero_point else positions
         if not self.integral:
             assert noise is not None
-            steps = torch.floor(relative * self.steps + noise.dither(positions)) + self.shift
-            steps = torch.clamp(steps, self.low, self.high)
+            steps = relative * self.steps + noise.dither(positions, self.shift)
+            if self.low < 0:  # conversion rounds towards zero
+                steps = torch.floor(steps)
         else:  # a product that is an integer
             steps = relative * self.steps + self.shift if self.steps != 1 or self.shift else relative
         if self.low < 0:
@@ -98,16 +100,22 @@ def packing_of(quantizer: Quantizer, *, signed: bool) -> Packing | None:
     return Packing(-0.5 if half else 0.0, steps, shift, low + shift, high + shift, quantizer.integral, noisy)
 
 
-def quantize(quantizer: Quantizer, packing: Packing | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Fake-quantized values, and the integers that they are made of (empty where there are none)."""
+def quantize(quantizer: Quantizer, packing: Packing | None, x: Tensor, *, half: bool = False) -> tuple[Tensor, Tensor]:
+    """Fake-quantized values, and the integers that they are made of (empty where there are none).
+
+    `half`: whether `x` or the values' gradient is of half precision; the numbers are the same.
+    """
     if packing is None or not packing.noisy:
         x_hat, positions = quantizer.quantize(x)
         return x_hat, positions.new_empty(0) if packing is None else packing.pack(positions, None)
     codes: list[Tensor] = []
 
     def through_codes(positions: Tensor) -> Tensor:
+        if half and x.dtype != torch.float32:
+            positions = quantizer.positions(apart(x.detach().float()))
         codes.append(packing.pack(positions, noise_of(quantizer)[0]))
-        return packing.unpack(codes[0], positions)
+        value = packing.unpack(codes[0], positions)
+        return apart(value) if half and x.dtype == torch.float32 else value
 
     return quantizer.quantize(x, through_codes)[0], codes[0]
 

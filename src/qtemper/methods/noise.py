@@ -48,7 +48,7 @@ class UniformNoise(Rounding):
     def forward(self, v: Tensor) -> Tensor:
         """Add noise."""
         fixed = v.detach()
-        noise = (0.5 * self.noise.signed(v)).to(v.dtype)
+        noise = self.noise.signed(v, 0.5).to(v.dtype)
         if not self.on_codes:
             noise = torch.where(fixed == torch.round(fixed), 0.0, noise)
         return F.replace_value(v, fixed + noise)

@@ -128,7 +128,7 @@ class DelayedNoise(Rounding):
 
     def forward(self, v: Tensor) -> Tensor:
         """Add noise."""
-        noise = self.amplitude.to(torch.float32) * self.noise.signed(v)
+        noise = self.noise.signed(v, self.amplitude.to(torch.float32))
         return F.replace_value(v, v.detach() + noise.to(v.dtype))
 
     def set_progress(self, progress: float) -> None:

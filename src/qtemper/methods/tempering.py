@@ -52,7 +52,7 @@ NoiseName = Literal["none", "uniform", "rademacher", "gaussian", "toward_input",
 RuleName = Literal["fixed", "hessian", "gradient", "correlation"]
 
 ZETA: dict[str, Callable[[NoiseSource, Tensor, Tensor], Tensor]] = {
-    "uniform": lambda noise, v, t: (t * math.sqrt(3.0)) * noise.signed(v).to(v.dtype),
+    "uniform": lambda noise, v, t: noise.signed(v, t * math.sqrt(3.0)).to(v.dtype),
     "rademacher": lambda noise, v, t: t * torch.where(noise(v) < 0.5, -1.0, 1.0).to(v.dtype),
     "gaussian": lambda noise, v, t: t * noise.gaussian(v).to(v.dtype),
     "toward_input": lambda noise, v, t: t * noise(v).to(v.dtype),
@@ -169,7 +169,8 @@ class TemperedRounding(Rounding):
         self.noise = NoiseSource() if noise != "none" else None
         self.integral = noise in ("none", "on_grid")
         gain = DELTA_MAX if isinstance(delta, GradientDelta) else 1.0  # it scales the noise, too
-        self.reach = math.ceil(REACH.get(noise, 0.0) * gain * max(temperature(0.0), temperature(1.0)) / 2)
+        hottest = max(temperature(i / 256) for i in range(257))
+        self.reach = math.ceil(REACH.get(noise, 0.0) * gain * hottest / 2)
         self.register_buffer("temperature", torch.tensor(temperature(0.0) if noise != "none" else 0.0))
 
     def forward(self, v: Tensor) -> Tensor:
@@ -224,8 +225,8 @@ class TemperedRounding(Rounding):
 
 
 def _jump(e: Tensor, u: Tensor, temperature: Tensor) -> Tensor:
-    """To the neighbouring code on v's side with probability T * |e|."""
-    return torch.where(u < temperature.to(e.dtype) * e.abs(), torch.sign(e), 0.0)
+    """To the neighbouring code on v's side with probability T * |e|, by one comparison for both sides."""
+    return torch.floor(temperature.to(e.dtype) * e + u)
 
 
 @final
