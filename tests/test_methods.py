@@ -167,6 +167,16 @@ class TestTemperingNoise:
         value = rounding(v).detach()
         assert 0.8 < float(max(value.max() - 7, -8 - value.min())) <= rounding.reach
 
+    @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.5])
+    @pytest.mark.parametrize("noise", ["uniform", "rademacher", "gaussian", "toward_input", "on_grid"])
+    def test_values_of_any_temperature_stay_within_reach(self, noise, temperature):
+        method = NoiseTempering(noise=noise, temperature=Constant(temperature), delta_rule="fixed", delta_weight=0.1)
+        rounding = make(method, "weight", 4, "signed", 1.0).rounding
+        value = rounding(torch.linspace(-8, 7, 1_000_001)).detach()
+        assert -8 - rounding.reach <= value.min()
+        assert value.max() <= 7 + rounding.reach
+        assert not rounding.integral or torch.equal(value, torch.round(value))
+
     def draws(self, noise, temperature, v):
         """Mean and variance of the perturbed position over many steps, at one temperature."""
         method = NoiseTempering(noise=noise, temperature=Constant(temperature), scale_on="none")

@@ -105,7 +105,10 @@ def _words_by_numpy(key: Tensor, first: int, rows: int, columns: int) -> Tensor:
 # An operator, so that torch.compile keeps the words in memory and does not hash anew for every element. The words' bits
 # are called float32 (some of them NaN): without AVX-512, torch.compile's code takes 5 times as long to load int32.
 _OPERATORS: Any = torch.library.Library("qtemper", "FRAGMENT")  # type: ignore[no-untyped-call]
-_OPERATORS.define("counter_words(Tensor key, SymInt first, SymInt rows, SymInt columns) -> Tensor")
+_OPERATORS.define(
+    "counter_words(Tensor key, SymInt first, SymInt rows, SymInt columns) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 _OPERATORS.impl("counter_words", _words_by_numpy, "CPU")
 
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 ACCUMULATOR_MAX = 2**31 - 1
 
@@ -35,16 +34,26 @@ def _convolve(x: Tensor, w: Tensor, scale: Tensor, zero_point: int, geometry: li
     op = torch.ops.onednn
     # As for the zero point 0, whatever it is: for another one oneDNN takes four times as long to pack weights, and of
     # weights packed so the convolution adds up what it needs in a quarter of that.
-    packed = op.qconv_prepack(w, scale, 1.0, 0, stride, padding, dilation, groups, list(x.shape))
     tail: tuple[object, ...] = (stride, padding, dilation, groups, 1.0, 0, dtype, "none", [], "")
-    result: Tensor = op.qconv2d_pointwise(x, 1.0, zero_point, packed, scale, zeros, None, *tail)
-    return result
+
+    def convolve(packed_for: int) -> Tensor:
+        packed = op.qconv_prepack(w, scale, 1.0, packed_for, stride, padding, dilation, groups, list(x.shape))
+        result: Tensor = op.qconv2d_pointwise(x, 1.0, zero_point, packed, scale, zeros, None, *tail)
+        return result
+
+    try:
+        return convolve(0)
+    except RuntimeError:  # not every kernel may be able to
+        if not zero_point:
+            raise
+        return convolve(zero_point)
 
 
-# An operator for compilers. Not `torch.library.custom_op`, whose wrappers take 25 us a call.
+# An operator, for compilers. Not by `torch.library.custom_op`, whose wrappers take 25 us a call.
 _OPERATORS: Any = torch.library.Library("qtemper", "FRAGMENT")  # type: ignore[no-untyped-call]
 _OPERATORS.define(
-    "convolve_codes(Tensor x, Tensor w, Tensor scale, int zero_point, int[] geometry, ScalarType dtype) -> Tensor"
+    "convolve_codes(Tensor x, Tensor w, Tensor scale, int zero_point, int[] geometry, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
 _OPERATORS.impl("convolve_codes", _convolve, "CPU")
 
@@ -76,10 +85,8 @@ def convolve_codes(
         Shape (N, O, H', W'), channels_last; no gradient.
     """
     numbers = [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
-    if torch.compiler.is_compiling() or type(x) is not Tensor or is_in_torch_dispatch_mode():
-        result: Tensor = torch.ops.qtemper.convolve_codes(x, w, scale, zero_point, numbers, dtype)
-        return result
-    return _convolve(x, w, scale, zero_point, numbers, dtype)  # an operator takes 0.1 ms to find its implementation
+    result: Tensor = torch.ops.qtemper.convolve_codes(x, w, scale, zero_point, numbers, dtype)
+    return result
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -169,8 +169,8 @@ class TemperedRounding(Rounding):
         self.noise = NoiseSource() if noise != "none" else None
         self.integral = noise in ("none", "on_grid")
         gain = DELTA_MAX if isinstance(delta, GradientDelta) else 1.0  # it scales the noise, too
-        hottest = max(temperature(i / 256) for i in range(257))
-        self.reach = math.ceil(REACH.get(noise, 0.0) * gain * hottest / 2)
+        strength = gain * max(abs(temperature(i / 256)) for i in range(257)) / 2  # largest noise on a bin's edge
+        self.reach = math.ceil(max(0.0, strength - 1) if noise == "toward_input" else REACH.get(noise, 0.0) * strength)
         self.register_buffer("temperature", torch.tensor(temperature(0.0) if noise != "none" else 0.0))
 
     def forward(self, v: Tensor) -> Tensor:
@@ -225,8 +225,8 @@ class TemperedRounding(Rounding):
 
 
 def _jump(e: Tensor, u: Tensor, temperature: Tensor) -> Tensor:
-    """To the neighbouring code on v's side with probability T * |e|, by one comparison for both sides."""
-    return torch.floor(temperature.to(e.dtype) * e + u)
+    """To the neighbouring code on v's side with probability T * |e|, on either side; T beyond 2 counts as 2."""
+    return torch.floor(temperature.to(e.dtype).clamp(0.0, 2.0 - 2.0**-22) * e + u)
 
 
 @final
