@@ -100,6 +100,24 @@ def test_convolution_of_codes_is_int64_accumulation(extreme, x_range, w_range, g
     assert torch.equal(found, sums.float() * scale[:, None, None])
 
 
+def test_weights_are_packed_for_the_zero_point_where_packing_for_0_fails(monkeypatch):
+    x = torch.randint(0, 16, (2, 6, 7, 7), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    w = torch.randint(-8, 8, (8, 6, 3, 3), dtype=torch.int8)
+    geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
+    expected = convolve_codes(x, w, torch.ones(1), 3, geometry)
+    prepack, tried = torch.ops.onednn.qconv_prepack, []
+
+    def picky(w, scale, x_scale, zero_point, *rest):
+        tried.append(zero_point)
+        if not zero_point:
+            raise RuntimeError("could not create a primitive descriptor for a reorder primitive")
+        return prepack(w, scale, x_scale, zero_point, *rest)
+
+    monkeypatch.setattr(torch.ops.onednn, "qconv_prepack", picky)
+    assert torch.equal(convolve_codes(x, w, torch.ones(1), 3, geometry), expected)
+    assert tried == [0, 3]
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("bits", ["W1A1", "W2A2", "W4A4", "W8A8"])
 @pytest.mark.parametrize("method", METHODS)

@@ -32,8 +32,6 @@ def _convolve(x: Tensor, w: Tensor, scale: Tensor, zero_point: int, geometry: li
     stride, padding, dilation, groups = geometry[:2], geometry[2:4], geometry[4:6], geometry[6]
     zeros = torch.zeros(scale.shape, dtype=torch.int32, device=scale.device)
     op = torch.ops.onednn
-    # As for the zero point 0, whatever it is: for another one oneDNN takes four times as long to pack weights, and of
-    # weights packed so the convolution adds up what it needs in a quarter of that.
     tail: tuple[object, ...] = (stride, padding, dilation, groups, 1.0, 0, dtype, "none", [], "")
 
     def convolve(packed_for: int) -> Tensor:
@@ -41,9 +39,11 @@ def _convolve(x: Tensor, w: Tensor, scale: Tensor, zero_point: int, geometry: li
         result: Tensor = op.qconv2d_pointwise(x, 1.0, zero_point, packed, scale, zeros, None, *tail)
         return result
 
+    # Packed as for 0, whatever the zero point: for another one oneDNN takes four times as long, and the convolution
+    # itself adds to weights packed for 0 what it needs.
     try:
         return convolve(0)
-    except RuntimeError:  # not every kernel may be able to
+    except RuntimeError:  # where oneDNN has no kernel that adds it
         if not zero_point:
             raise
         return convolve(zero_point)
