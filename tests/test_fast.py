@@ -13,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import qtemper
 from qtemper import fast
 from qtemper.counter import NoiseSource
-from qtemper.fast import blocks, integer, norm, packing, plan, pooling, relu
+from qtemper.fast import blocks, integer, norm, packing, plan, relu
 from qtemper.fast import layer as fast_layer
 from qtemper.fast.integer import Geometry, convolve_codes, is_exact
+from qtemper.fast.replace import replace_float_layers
 from qtemper.methods.ewgs import EWGS
 from qtemper.methods.tempering import NoiseTempering
 
@@ -372,7 +373,7 @@ def test_compiled_pooling_is_torchs(size):
     expected = pool(x)
     grad = torch.randn_like(expected)
     (expected_grad,) = torch.autograd.grad(expected, x, grad)
-    pooling.adopt(pool)
+    replace_float_layers(pool)
     assert torch.equal(pool(x), expected)
     out = torch.compile(pool, fullgraph=True)(x)
     assert torch.equal(out, expected)
@@ -400,7 +401,7 @@ def test_compiled_relu_is_torchs(inplace, dtype):
     expected = plain(x)
     (expected_grad,) = torch.autograd.grad(expected, x, grad)
     quick = copy.deepcopy(plain)
-    relu.adopt(quick)
+    replace_float_layers(quick)
     assert type(quick.relu) is relu.ReLU
     for call in (quick, torch.compile(quick, fullgraph=True)):
         out = call(x)
@@ -435,7 +436,7 @@ def test_compiled_batch_norm_is_torchs(mean, dtype):
             layer.weight.uniform_(-2, 2)
             layer.bias.uniform_(-2, 2)
     quick, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
-    norm.adopt(quick)
+    replace_float_layers(quick)
     assert all(type(layer) is norm.BatchNorm2d for layer in quick)
     # Far from zero, bfloat16 holds two numbers in a standard deviation, to which all of this is exact again.
     x = (mean + torch.randn(6, 5, 7, 9)).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -462,7 +463,7 @@ def test_compiled_batch_norm_is_torchs(mean, dtype):
 def test_compiled_batch_norm_of_any_size_is_torchs():
     plain = nn.Sequential(nn.BatchNorm2d(5))
     quick = copy.deepcopy(plain)
-    norm.adopt(quick)
+    replace_float_layers(quick)
     compiled = torch.compile(quick, dynamic=True, fullgraph=True)
     for samples, height in ((4, 6), (6, 8)):
         x = torch.randn(samples, 5, height, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -480,19 +481,19 @@ def test_compiled_batch_norm_does_as_its_settings_say():
     unbiased.bias = None
     for layer in (untracked, unbiased):
         quick = nn.Sequential(copy.deepcopy(layer))
-        norm.adopt(quick)
+        replace_float_layers(quick)
         torch.testing.assert_close(torch.compile(quick)(x), layer(x))
         for name, buffer in layer.named_buffers():
             torch.testing.assert_close(quick[0].get_buffer(name), buffer)
     other = nn.Sequential(nn.BatchNorm2d(5))
-    norm.adopt(other)
+    replace_float_layers(other)
     with pytest.raises(Exception, match="should contain"):
         torch.compile(other)(x[:, :1])
 
 
 def test_batch_norm_of_one_number_is_torchs_error():
     layer = nn.Sequential(nn.BatchNorm2d(3))
-    norm.adopt(layer)
+    replace_float_layers(layer)
     x = torch.randn(1, 3, 1, 1).contiguous(memory_format=torch.channels_last)
     with pytest.raises(Exception, match="more than 1 value per channel"):
         torch.compile(layer)(x)

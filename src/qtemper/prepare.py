@@ -10,7 +10,7 @@ from torch import nn
 from qtemper import layers
 from qtemper.counter import NoiseSource
 from qtemper.errors import ConfigError, UnsupportedModuleError
-from qtemper.fast import norm, pooling, relu
+from qtemper.fast.replace import replace_float_layers
 from qtemper.methods import get_method
 from qtemper.policy import FLOAT_BITS, BitPolicy, Granularity, Plan, Row, format_table, make_plan
 from qtemper.quantizer import Method, Quantizer, QuantSpec, TensorKind, quantizers
@@ -66,9 +66,7 @@ def prepare(model: nn.Module, method: Method | str, policy: BitPolicy | Plan | s
     for layer, (weight, act) in built:
         if weight is not None or act is not None:
             layers.quantize_layer(layer, weight, act)
-    pooling.adopt(model)
-    norm.adopt(model)
-    relu.adopt(model)
+    replace_float_layers(model)
     for name, quantizer in quantizers(model):
         quantizer.name = name
         quantizer.train(model.training)

@@ -96,10 +96,3 @@ class BatchNorm2d(nn.BatchNorm2d):
             and input.is_contiguous(memory_format=torch.channels_last)
             and input.numel() > input.shape[1]
         )
-
-
-def adopt(model: nn.Module) -> None:
-    """Turn a model's batch normalization of images, in place, into that here."""
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = BatchNorm2d

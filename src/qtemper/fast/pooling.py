@@ -81,10 +81,3 @@ class MaxPool2d(nn.MaxPool2d):
         else:
             result = super().forward(input)
         return result
-
-
-def adopt(model: nn.Module) -> None:
-    """Turn a model's max-pooling layers, in place, into those here."""
-    for module in model.modules():
-        if type(module) is nn.MaxPool2d:
-            module.__class__ = MaxPool2d

@@ -41,10 +41,3 @@ class ReLU(nn.ReLU):
             return super().forward(input)
         out: Tensor = _ReLU.apply(input)  # type: ignore[no-untyped-call]
         return input.copy_(out) if self.inplace else out
-
-
-def adopt(model: nn.Module) -> None:
-    """Turn a model's ReLUs, in place, into those here."""
-    for module in model.modules():
-        if type(module) is nn.ReLU:
-            module.__class__ = ReLU
