@@ -23,7 +23,7 @@ SOURCE = Path(qtemper.__file__).parent
 
 # Each module may import from its own row and from the rows above it.
 LAYERS = [
-    {"errors", "functional", "loops", "counter", "schedules", "environment"},
+    {"errors", "functional", "leaf", "loops", "counter", "schedules", "environment"},
     {"files", "quantizer"},
     {"fast"},
     {"methods", "layers", "progress", "modes", "weights"},

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qtemper.leaf import define, leaf
+
 _MASK64 = (1 << 64) - 1
 Words = TypeVar("Words", Tensor, NDArray[Any])
 """Tensors or arrays of int32, which wrap around alike."""
@@ -86,7 +88,7 @@ def counter_words(key: Tensor, first: int, rows: int, columns: int) -> Tensor:
     """
     if key.device.type != "cpu":
         return _words(key, first, rows, columns)
-    words: Tensor = torch.ops.qtemper.counter_words(key, first, rows, columns)
+    words: Tensor = _counter_words(key, first, rows, columns)
     return words
 
 
@@ -104,12 +106,9 @@ def _words_by_numpy(key: Tensor, first: int, rows: int, columns: int) -> Tensor:
 
 # An operator, so that torch.compile keeps the words in memory and does not hash anew for every element. The words' bits
 # are called float32 (some of them NaN): without AVX-512, torch.compile's code takes 5 times as long to load int32.
-_OPERATORS: Any = torch.library.Library("qtemper", "FRAGMENT")  # type: ignore[no-untyped-call]
-_OPERATORS.define(
-    "counter_words(Tensor key, SymInt first, SymInt rows, SymInt columns) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_counter_words = define(
+    "counter_words(Tensor key, SymInt first, SymInt rows, SymInt columns) -> Tensor", _words_by_numpy, "CPU"
 )
-_OPERATORS.impl("counter_words", _words_by_numpy, "CPU")
 
 
 @torch.library.register_fake("qtemper::counter_words")  # type: ignore[untyped-decorator]
@@ -139,6 +138,7 @@ def signed_uniform(bits: Tensor, reach: Tensor | float = 1.0) -> Tensor:
     return bits.to(torch.float32) * (reach * 2.0**-31)
 
 
+@leaf("(Tensor bits, int low=0) -> Tensor")
 def coarse_uniform(bits: Tensor, low: int = 0) -> Tensor:
     """Uniform float32 in (low, low + 1) from 9 of 32 bits, independent of the other distributions of the same bits.
 
@@ -157,6 +157,28 @@ def gaussian(bits: Tensor) -> Tensor:
     radius = (_shift_right(bits, 14).to(torch.float32) + 0.5) * 2.0**-18
     angle = ((bits & (2**14 - 1)).to(torch.float32) + 0.5) * (2 * math.pi * 2.0**-14)
     return torch.sqrt(-2 * torch.log(radius)) * torch.cos(angle)
+
+
+def _rows(shape: Sequence[int]) -> tuple[tuple[int, ...], int]:
+    """How many rows a tensor has, by dimension, and how long they are.
+
+    A row is one of an image's; elsewhere what the last dimension holds, or a single element of a vector.
+    """
+    if len(shape) == 4:
+        return (shape[0], shape[2]), shape[1] * shape[3]
+    return tuple(shape[: max(len(shape) - 1, 1)]), shape[-1] if len(shape) > 1 else 1
+
+
+@leaf("(Tensor key, SymInt first, SymInt[] shape) -> Tensor")
+def _bits_of_elements(key: Tensor, first: int, shape: Sequence[int]) -> Tensor:
+    rows, width = _rows(shape)
+    words = counter_words(key, first, math.prod(rows), width)
+    column, row = words[:width].view(torch.int32), words[width:].view(torch.int32)
+    if len(shape) == 4:
+        # Channels last, as images usually lie in memory here.
+        bits = mix_words(row.view(*rows, 1, 1), column.view(shape[3], shape[1]))
+        return bits.permute(0, 3, 1, 2)
+    return mix_words(row.view(*rows, 1), column).view(shape)
 
 
 class NoiseSource(nn.Module):
@@ -211,19 +233,11 @@ class NoiseSource(nn.Module):
         return coarse_uniform(self._bits(v), low)
 
     def _bits(self, v: Tensor) -> Tensor:
-        # A row: one of an image's; elsewhere what the last dimension holds, or a single element of a vector.
-        rows: tuple[int, ...] = (v.shape[0], v.shape[2]) if v.dim() == 4 else v.shape[: max(v.dim() - 1, 1)]
-        width = v.shape[1] * v.shape[3] if v.dim() == 4 else v.shape[-1] if v.dim() > 1 else 1
+        rows = _rows(v.shape)[0]
         first, count = self.block or (0, rows[0] if rows else 1)
         # The size of one sample, so that nothing here depends on the size of the block.
         start = (self.part * count + first) * math.prod(rows[1:])
-        words = counter_words(self.key, start, math.prod(rows), width)
-        column, row = words[:width].view(torch.int32), words[width:].view(torch.int32)
-        if v.dim() == 4:
-            # Channels last, as images usually lie in memory here.
-            bits = mix_words(row.view(*rows, 1, 1), column.view(v.shape[3], v.shape[1]))
-            return bits.permute(0, 3, 1, 2)
-        return mix_words(row.view(*rows, 1), column).view(v.shape)
+        return _bits_of_elements(self.key, start, v.shape)
 
 
 def set_keys(sources: Sequence[NoiseSource], progress: float) -> None:

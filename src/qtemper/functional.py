@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from qtemper.leaf import leaf
 from qtemper.loops import clamp_in_loops, in_memory, in_pixel_order, total
 
 Levels = Literal["unsigned", "signed", "symmetric"]
@@ -69,11 +70,16 @@ def encode(x: Tensor, scale: Tensor, limits: CodeRange) -> Tensor:
 
     Gradients are autograd's: to `x` and `scale` inside the range (bounds included), zero outside.
     """
+    return _encode(x, scale, *limits)
+
+
+@leaf("(Tensor x, Tensor scale, int qmin, int qmax, float zero_point) -> Tensor")
+def _encode(x: Tensor, scale: Tensor, qmin: int, qmax: int, zero_point: float) -> Tensor:
     # A reciprocal for the tensor, not a quotient for each element, which takes several times as long as a product.
     position = x * in_memory(scale.reciprocal())
-    if limits.zero_point:
-        position = position + limits.zero_point
-    return clamp(position, limits.qmin, limits.qmax)
+    if zero_point:
+        position = position + zero_point
+    return clamp(position, qmin, qmax)
 
 
 def decode(v: Tensor, scale: Tensor, limits: CodeRange) -> Tensor:
@@ -99,6 +105,7 @@ class _Clamp(torch.autograd.Function):
         return keep_between(grad, x, _below(ctx.low), -_below(-ctx.high)), None, None
 
 
+@leaf("(Tensor x, float low, float high) -> Tensor")
 def clamp(x: Tensor, low: float, high: float) -> Tensor:
     """`torch.clamp`, its gradient included (1 on the bounds), with a cheaper backward pass (see `keep_between`)."""
     return _apply(_Clamp, x, low, high)
@@ -133,6 +140,7 @@ class _RoundSTE(torch.autograd.Function):
         return grad
 
 
+@leaf("(Tensor v) -> Tensor")
 def round_ste(v: Tensor) -> Tensor:
     """Round to the nearest integer (ties to even); the gradient passes unchanged.
 
@@ -157,11 +165,13 @@ class _ReplaceValue(torch.autograd.Function):
         return grad, None
 
 
+@leaf("(Tensor path, Tensor value) -> Tensor")
 def replace_value(path: Tensor, value: Tensor) -> Tensor:
     """Forward `value`, backward `dL/dpath = g`, nothing to `value`: any surrogate, straight through."""
     return _apply(_ReplaceValue, path, value)
 
 
+@leaf("(Tensor x, float factor) -> Tensor")
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """Forward `x`, backward `g * factor`."""
     return _replace_few(x * factor, x.detach()) if torch.is_grad_enabled() else x
@@ -198,6 +208,7 @@ class _ElementwiseGradientScaling(torch.autograd.Function):
         return grad * factor.clamp_min(0), None, None, None
 
 
+@leaf("(Tensor v, Tensor value, Tensor delta, Tensor? sums=None) -> Tensor")
 def elementwise_gradient_scaling(v: Tensor, value: Tensor, delta: Tensor, sums: Tensor | None = None) -> Tensor:
     """Forward `value`; backward scales each element's gradient by its own discretization error.
 
@@ -274,13 +285,18 @@ def decode_learned_step(value: Tensor, v: Tensor, scale: Tensor, limits: CodeRan
         scale: bin size, shape () or broadcastable to `v`.
         limits: the grid's range.
     """
-    return _apply(_DecodeLearnedStep, value, v, scale, *limits)
+    return _decode_learned_step(value, v, scale, *limits)
 
 
+@leaf("(Tensor value, Tensor v, Tensor scale, int qmin, int qmax, float zero_point) -> Tensor")
+def _decode_learned_step(value: Tensor, v: Tensor, scale: Tensor, qmin: int, qmax: int, zero_point: float) -> Tensor:
+    return _apply(_DecodeLearnedStep, value, v, scale, qmin, qmax, zero_point)
+
+
+@leaf("(Tensor x) -> Tensor")
 def positive(x: Tensor) -> Tensor:
     """`max(x, SCALE_FLOOR)`; the gradient passes even below the floor, so that a step can come back up."""
-    # SCALE_FLOOR as a literal: torch.compile(dynamic=True) makes a variable of a global float, and then fails.
-    return _replace_few(x, x.detach().clamp_min(max(1e-8, torch.finfo(x.dtype).tiny)))
+    return _replace_few(x, x.detach().clamp_min(max(SCALE_FLOOR, torch.finfo(x.dtype).tiny)))
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:

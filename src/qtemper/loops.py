@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from qtemper.leaf import compiling
+
 
 def in_memory(x: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     """A scale, or a vector of channels, that a compiler for CPUs computes once.
@@ -19,7 +21,7 @@ def in_memory(x: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
         x: a result of arithmetic, not a view of something larger.
         shape: of the vector; given, because to ask a gradient for its own makes Dynamo copy gradients.
     """
-    if torch.compiler.is_dynamo_compiling() and x.device.type == "cpu" and x.dim() == len(shape):
+    if compiling() and x.device.type == "cpu" and x.dim() == len(shape):
         return x if x.requires_grad else torch.as_strided(x, shape, (1,) * len(shape))
     return x
 

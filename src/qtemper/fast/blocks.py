@@ -39,14 +39,17 @@ class _Blocked(torch.autograd.Function):
         ctx.modes = act.training, weight.training
         # The keys only so that autograd notices if noise is drawn anew before the backward pass has drawn it again.
         ctx.save_for_backward(x, latent, *parameters, *(noise.key for noise in noise_of(act, weight)))
-        a, w = plan.act, plan.weight
+        a, w, convolution = plan.act, plan.weight, plan.convolution
         if a is None or w is None:
-            x_hat = _by_blocks(act, x, lambda block: fake_quantize(act, None, block), plan.dtype)
-            return convolve(pixels(x_hat, plan), pixels(fake_quantize(weight, None, latent), plan), plan)
+            x_hat = _by_blocks(act, x, lambda block: fake_quantize(act, None, block), convolution.dtype)
+            w_hat = fake_quantize(weight, None, latent)
+            return convolve(pixels(x_hat, convolution), pixels(w_hat, convolution), convolution)
         x_codes = _by_blocks(act, x, lambda block: codes_of(act, a, block), torch.uint8)
         w_codes = codes_of(weight, w, latent)
         scale = output_scale(act, weight, plan, x, latent)
-        return convolve_integers(pixels(x_codes, plan), pixels(w_codes, plan), scale, a.shift, plan)
+        return convolve_integers(
+            pixels(x_codes, convolution), pixels(w_codes, convolution), scale, a.shift, convolution
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -74,7 +77,8 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """The gradients in plain operations, differentiable any number of times."""
     x_hat, w_hat = fake_quantize(act, plan.act, inputs[0]), fake_quantize(weight, plan.weight, inputs[1])
-    out = convolve(pixels(x_hat, plan), pixels(w_hat, plan), plan)
+    convolution = plan.convolution
+    out = convolve(pixels(x_hat, convolution), pixels(w_hat, convolution), convolution)
     found = iter(
         torch.autograd.grad(
             out, [t for t, w in zip(inputs, wanted, strict=True) if w], grad, create_graph=True, allow_unused=True
@@ -87,6 +91,7 @@ def _backward_by_blocks(
     act: Quantizer, weight: Quantizer, plan: LayerPlan, inputs: _Inputs, wanted: tuple[bool, ...], grad: Tensor
 ) -> list[Tensor | None]:
     x, latent, *parameters = inputs
+    convolution = plan.convolution
     split = len(list(act.parameters()))
     for_act = wanted[0] or any(wanted[2 : 2 + split])
     for_weight = wanted[1] or any(wanted[2 + split :])
@@ -99,7 +104,7 @@ def _backward_by_blocks(
             parts.append((rows, leaf, fake_quantize(act, plan.act, leaf)))
     x_hat = _joined(x, [(rows, out.detach()) for rows, _, out in parts], grad.dtype)
     grad_x, grad_w = convolve_backward(
-        grad, pixels(x_hat, plan), pixels(w_hat.detach(), plan), plan, (for_act, for_weight)
+        grad, pixels(x_hat, convolution), pixels(w_hat.detach(), convolution), convolution, (for_act, for_weight)
     )
     del x_hat
     result: list[Tensor | None] = [None] * len(inputs)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qtemper.leaf import define
+
 ACCUMULATOR_MAX = 2**31 - 1
 
 
@@ -24,12 +26,23 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int]
     groups: int
 
+    @property
+    def numbers(self) -> list[int]:
+        """All of them in a row."""
+        return [*self.stride, *self.padding, *self.dilation, self.groups]
+
+    @classmethod
+    def of(cls, numbers: list[int]) -> Geometry:
+        """That of `numbers`."""
+        (a, b), (c, d), (e, f), groups = numbers[:2], numbers[2:4], numbers[4:6], numbers[6]
+        return cls((a, b), (c, d), (e, f), groups)
+
 
 POINTWISE = Geometry((1, 1), (0, 0), (1, 1), 1)
 
 
-def _convolve(x: Tensor, w: Tensor, scale: Tensor, zero_point: int, geometry: list[int], dtype: torch.dtype) -> Tensor:
-    stride, padding, dilation, groups = geometry[:2], geometry[2:4], geometry[4:6], geometry[6]
+def _convolve(x: Tensor, w: Tensor, scale: Tensor, zero_point: int, numbers: list[int], dtype: torch.dtype) -> Tensor:
+    stride, padding, dilation, groups = numbers[:2], numbers[2:4], numbers[4:6], numbers[6]
     zeros = torch.zeros(scale.shape, dtype=torch.int32, device=scale.device)
     op = torch.ops.onednn
     tail: tuple[object, ...] = (stride, padding, dilation, groups, 1.0, 0, dtype, "none", [], "")
@@ -50,17 +63,16 @@ def _convolve(x: Tensor, w: Tensor, scale: Tensor, zero_point: int, geometry: li
 
 
 # An operator, for compilers. Not by `torch.library.custom_op`, whose wrappers take 25 us a call.
-_OPERATORS: Any = torch.library.Library("qtemper", "FRAGMENT")  # type: ignore[no-untyped-call]
-_OPERATORS.define(
+_convolve_codes = define(
     "convolve_codes(Tensor x, Tensor w, Tensor scale, int zero_point, int[] geometry, ScalarType dtype) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    _convolve,
+    "CPU",
 )
-_OPERATORS.impl("convolve_codes", _convolve, "CPU")
 
 
 @torch.library.register_fake("qtemper::convolve_codes")  # type: ignore[untyped-decorator]
-def _(x: Tensor, w: Tensor, scale: Tensor, zero_point: int, geometry: list[int], dtype: torch.dtype) -> Tensor:
-    stride, padding, dilation = geometry[:2], geometry[2:4], geometry[4:6]
+def _(x: Tensor, w: Tensor, scale: Tensor, zero_point: int, numbers: list[int], dtype: torch.dtype) -> Tensor:
+    stride, padding, dilation, _ = Geometry.of(numbers)
     size = [
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(2)
     ]
@@ -84,8 +96,7 @@ def convolve_codes(
     Returns:
         Shape (N, O, H', W'), channels_last; no gradient.
     """
-    numbers = [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
-    result: Tensor = torch.ops.qtemper.convolve_codes(x, w, scale, zero_point, numbers, dtype)
+    result: Tensor = _convolve_codes(x, w, scale, zero_point, geometry.numbers, dtype)
     return result
 
 

@@ -23,6 +23,7 @@ from qtemper.fast.blocks import quantize_and_convolve
 from qtemper.fast.integer import POINTWISE, Geometry
 from qtemper.fast.packing import quantize
 from qtemper.fast.plan import (
+    Convolution,
     LayerPlan,
     convolve,
     convolve_backward,
@@ -31,6 +32,7 @@ from qtemper.fast.plan import (
     pixels,
     plan_layer,
 )
+from qtemper.leaf import leaf
 from qtemper.quantizer import Quantizer
 
 
@@ -85,20 +87,36 @@ class _ConvolveCodes(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x_hat: Tensor, w_hat: Tensor, x_codes: Tensor, w_codes: Tensor, scale: Tensor, shift: int, plan: LayerPlan
+        x_hat: Tensor,
+        w_hat: Tensor,
+        x_codes: Tensor,
+        w_codes: Tensor,
+        scale: Tensor,
+        shift: int,
+        numbers: list[int],
+        dtype: torch.dtype,
     ) -> Tensor:
-        return convolve_integers(x_codes, w_codes, scale, shift, plan)
+        return convolve_integers(x_codes, w_codes, scale, shift, Convolution.of(numbers, dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:2])
-        ctx.plan = inputs[-1]
+        ctx.convolution = Convolution.of(*inputs[-2:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_hat, w_hat = ctx.saved_tensors
-        grad_x, grad_w = convolve_backward(grad, x_hat, w_hat, ctx.plan, ctx.needs_input_grad[:2])
-        return grad_x, grad_w, None, None, None, None, None
+        grad_x, grad_w = convolve_backward(grad, x_hat, w_hat, ctx.convolution, ctx.needs_input_grad[:2])
+        return grad_x, grad_w, None, None, None, None, None, None
+
+
+@leaf(
+    "(Tensor x_hat, Tensor w_hat, Tensor x_codes, Tensor w_codes, Tensor scale, int shift, int[] numbers, "
+    "ScalarType dtype) -> Tensor"
+)
+def _convolve_quantized(*args: Any) -> Tensor:
+    out: Tensor = _ConvolveCodes.apply(*args)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _keep_codes() -> Any:
@@ -123,13 +141,15 @@ def _compiled(act: Quantizer, weight: Quantizer, plan: LayerPlan, x: Tensor, lat
     # Asking for its attribute lets the compiler know the function, without which it does not take it.
     if plan.act is not None and plan.act.noisy and keep.cache_hash:  # type: ignore[attr-defined]
         recompute = partial(recompute, context_fn=keep)
-    half = plan.dtype != torch.float32
+    convolution = plan.convolution
+    half = convolution.dtype != torch.float32
     x_hat, x_codes = recompute(partial(quantize, act, plan.act, half=half), x)
     w_hat, w_codes = quantize(weight, plan.weight, latent, half=half)  # small, and used far from where it is made
-    x_hat, w_hat = pixels(x_hat, plan), pixels(w_hat, plan)
+    x_hat, w_hat = pixels(x_hat, convolution), pixels(w_hat, convolution)
     if plan.act is None:
-        return convolve(x_hat, w_hat, plan)
-    x_codes, w_codes = pixels(x_codes, plan), pixels(w_codes, plan)
+        return convolve(x_hat, w_hat, convolution)
+    x_codes, w_codes = pixels(x_codes, convolution), pixels(w_codes, convolution)
     scale = output_scale(act, weight, plan, x, latent)
-    result: Tensor = _ConvolveCodes.apply(x_hat, w_hat, x_codes, w_codes, scale, plan.act.shift, plan)  # type: ignore[no-untyped-call]
-    return result
+    return _convolve_quantized(
+        x_hat, w_hat, x_codes, w_codes, scale, plan.act.shift, convolution.numbers, convolution.dtype
+    )

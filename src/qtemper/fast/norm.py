@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qtemper import fast
+from qtemper.leaf import leaf
 from qtemper.loops import in_memory, sum_pixels
 
 
@@ -44,11 +45,18 @@ class _Normalize(torch.autograd.Function):
         return grad_x.to(x.dtype), product * rstd, total, None, None
 
 
+@leaf("(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd) -> Tensor")
+def _normalize(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    out: Tensor = _Normalize.apply(x, weight, bias, mean, rstd)  # type: ignore[no-untyped-call]
+    return out
+
+
 def _vector(x: Tensor, channels: int) -> Tensor:
     """A vector of channels, for images."""
     return in_memory(x, (channels,))[:, None, None]
 
 
+@leaf("(Tensor x) -> (Tensor, Tensor)")
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel, in one pass over the images once their middle rows are read.
 
@@ -80,8 +88,7 @@ class BatchNorm2d(nn.BatchNorm2d):
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
             rstd = torch.rsqrt(variance + self.eps)
-        out: Tensor = _Normalize.apply(input, self.weight, self.bias, mean, rstd)  # type: ignore[no-untyped-call]
-        return out
+        return _normalize(input, self.weight, self.bias, mean, rstd)
 
     def _fits(self, input: Tensor) -> bool:
         return (

@@ -16,15 +16,32 @@ from qtemper.quantizer import Quantizer
 
 
 @dataclass(frozen=True)
+class Convolution:
+    """A layer's convolution, or its product of matrices as one of images of one pixel."""
+
+    geometry: Geometry
+    linear: bool
+    channels_last: bool
+    dtype: torch.dtype
+
+    @property
+    def numbers(self) -> list[int]:
+        """All but the dtype, for an operator."""
+        return [self.linear, self.channels_last, *self.geometry.numbers]
+
+    @classmethod
+    def of(cls, numbers: list[int], dtype: torch.dtype) -> Convolution:
+        """That of `numbers`."""
+        return cls(Geometry.of(numbers[2:]), bool(numbers[0]), bool(numbers[1]), dtype)
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """Everything about a layer's forward that is no tensor."""
 
-    linear: bool
-    geometry: Geometry
+    convolution: Convolution
     act: Packing | None
     weight: Packing | None
-    dtype: torch.dtype
-    channels_last: bool
 
 
 def plan_layer(
@@ -35,14 +52,15 @@ def plan_layer(
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     channels_last = linear or _in_channels_last(x) or _in_channels_last(latent)
+    convolution = Convolution(geometry, linear, channels_last, dtype)
     if device == "cpu" and act.spec.channel_axis is None and dtype in (torch.float32, torch.bfloat16):
         a, w = packing_of(act, signed=False), packing_of(weight, signed=True)
         if a is not None and w is not None:
             largest = max(a.high - a.shift, a.shift) * max(-w.low, w.high) * math.prod(latent.shape[1:])
             shape = (*latent.shape, 1, 1) if linear else tuple(latent.shape)
             if largest <= ACCUMULATOR_MAX and is_exact(a.high, a.shift, w.low, w.high, shape, tuple(geometry)):
-                return LayerPlan(linear, geometry, a, w, dtype, channels_last)
-    return LayerPlan(linear, geometry, None, None, dtype, channels_last)
+                return LayerPlan(convolution, a, w)
+    return LayerPlan(convolution, None, None)
 
 
 def _in_channels_last(x: Tensor) -> bool:
@@ -50,9 +68,9 @@ def _in_channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(3) == x.shape[1]
 
 
-def pixels(x: Tensor, plan: LayerPlan) -> Tensor:
+def pixels(x: Tensor, convolution: Convolution) -> Tensor:
     """A linear layer's operand, (..., features), as images of one pixel; a convolution's as it is."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1], 1, 1) if plan.linear else x
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1], 1, 1) if convolution.linear else x
 
 
 def output_scale(act: Quantizer, weight: Quantizer, plan: LayerPlan, x: Tensor, latent: Tensor) -> Tensor:
@@ -71,30 +89,30 @@ def output_scale(act: Quantizer, weight: Quantizer, plan: LayerPlan, x: Tensor, 
         return torch.where(torch.isnan(largest), torch.nan, scale)
 
 
-def convolve_integers(x_codes: Tensor, w_codes: Tensor, scale: Tensor, shift: int, plan: LayerPlan) -> Tensor:
+def convolve_integers(x_codes: Tensor, w_codes: Tensor, scale: Tensor, shift: int, convolution: Convolution) -> Tensor:
     """The convolution of codes, in the memory format that torch's has: models may ask for a view of it."""
-    out = convolve_codes(x_codes, w_codes, scale, shift, plan.geometry, plan.dtype)
-    return out if plan.channels_last else out.contiguous()
+    out = convolve_codes(x_codes, w_codes, scale, shift, convolution.geometry, convolution.dtype)
+    return out if convolution.channels_last else out.contiguous()
 
 
-def convolve(x_hat: Tensor, w_hat: Tensor, plan: LayerPlan) -> Tensor:
-    """The float convolution, in the plan's dtype."""
-    stride, padding, dilation, groups = plan.geometry
-    x, w = x_hat.to(plan.dtype), w_hat.to(plan.dtype)
-    if _multiplies(plan, x):
+def convolve(x_hat: Tensor, w_hat: Tensor, convolution: Convolution) -> Tensor:
+    """The float convolution, in its dtype."""
+    stride, padding, dilation, groups = convolution.geometry
+    x, w = x_hat.to(convolution.dtype), w_hat.to(convolution.dtype)
+    if _multiplies(convolution, x):
         return linear(x.flatten(1), w.flatten(1))[:, :, None, None]
     return conv2d(x, w, None, stride, padding, dilation, groups)
 
 
 def convolve_backward(
-    grad: Tensor, x_hat: Tensor, w_hat: Tensor, plan: LayerPlan, wanted: tuple[bool, ...]
+    grad: Tensor, x_hat: Tensor, w_hat: Tensor, convolution: Convolution, wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of a convolution's operands, those that are wanted."""
-    stride, padding, dilation, groups = (list(p) if isinstance(p, tuple) else p for p in plan.geometry)
+    stride, padding, dilation, groups = (list(p) if isinstance(p, tuple) else p for p in convolution.geometry)
     x, w = x_hat.to(grad.dtype), w_hat.to(grad.dtype)
     mask = [wanted[0], wanted[1], False]
     found: Sequence[Tensor | None]
-    if _multiplies(plan, x):
+    if _multiplies(convolution, x):
         g = grad.flatten(1)
         found = (
             (g @ w.flatten(1)).view(x.shape) if mask[0] else None,
@@ -111,6 +129,6 @@ def convolve_backward(
     )
 
 
-def _multiplies(plan: LayerPlan, x: Tensor) -> bool:
+def _multiplies(convolution: Convolution, x: Tensor) -> bool:
     """Whether a linear layer is a product of matrices here. On a GPU a convolution is TF32 by default."""
-    return plan.linear and x.device.type != "cpu"
+    return convolution.linear and x.device.type != "cpu"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qtemper import fast
+from qtemper.leaf import leaf
 
 
 class _ReLU(torch.autograd.Function):
@@ -32,6 +33,12 @@ class _ReLU(torch.autograd.Function):
         return torch.where(out <= zero, 0.0, grad)
 
 
+@leaf("(Tensor x) -> Tensor")
+def _relu(x: Tensor) -> Tensor:
+    out: Tensor = _ReLU.apply(x)  # type: ignore[no-untyped-call]
+    return out
+
+
 class ReLU(nn.ReLU):
     """The float layer; compiled on a CPU, with a mask that is made in the backward pass."""
 
@@ -39,5 +46,5 @@ class ReLU(nn.ReLU):
         """Any shape, kept."""
         if not (torch.compiler.is_compiling() and fast.fast_path() and input.device.type == "cpu"):
             return super().forward(input)
-        out: Tensor = _ReLU.apply(input)  # type: ignore[no-untyped-call]
+        out = _relu(input)
         return input.copy_(out) if self.inplace else out
