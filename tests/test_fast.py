@@ -274,7 +274,6 @@ def test_a_batch_of_no_images_has_a_gradient_of_none(monkeypatch):
 @pytest.mark.parametrize("method", ["lsq", "tempering"])
 def test_a_linear_layer_is_a_product_of_matrices_where_there_are_no_integers(method, monkeypatch):
     monkeypatch.setattr(plan, "packing_of", lambda *_, **__: None)  # as on a GPU
-    monkeypatch.setattr(plan, "_multiplies", lambda layer, _: layer.linear)
     layer, x = make("linear", method)
     out, gradients = run(layer, x, enabled=True)
     plain, expected = run(layer, x, enabled=False)

@@ -3,8 +3,8 @@
 Both quantizers are run as they are; what differs is when and on what.
 
 - Compiled, a quantizer's arithmetic is recomputed in the backward pass by way of `torch.utils.checkpoint`, fused with
-  what produced its input. Kept is what the float network keeps, or less; of noisy activations also the 8-bit codes, so
-  that noise is drawn once.
+  what produced its input. Kept is what the float network keeps, or less; of noisy tensors also the 8-bit codes, so that
+  noise is drawn once.
 - Not compiled, one autograd function does quantizers and convolution (`blocks`).
 - Where both tensors are integers that fit 8 bits (`packing`), the forward convolution is one of integers (`integer`).
 """
@@ -123,7 +123,7 @@ def _keep_codes() -> Any:
     """Of what a checkpointed region computes, codes are kept for the backward pass."""
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        codes = op is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.uint8
+        codes = op is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (torch.uint8, torch.int8)
         return CheckpointPolicy.MUST_SAVE if codes else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
@@ -136,15 +136,18 @@ logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "cont
 
 
 def _compiled(act: Quantizer, weight: Quantizer, plan: LayerPlan, x: Tensor, latent: Tensor) -> Tensor:
-    recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    keep = _keep_codes
-    # Asking for its attribute lets the compiler know the function, without which it does not take it.
-    if plan.act is not None and plan.act.noisy and keep.cache_hash:  # type: ignore[attr-defined]
-        recompute = partial(recompute, context_fn=keep)
     convolution = plan.convolution
     half = convolution.dtype != torch.float32
-    x_hat, x_codes = recompute(partial(quantize, act, plan.act, half=half), x)
-    w_hat, w_codes = quantize(weight, plan.weight, latent, half=half)  # small, and used far from where it is made
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    keep = _keep_codes
+    # Asking for its attribute lets the compiler know the function, without which it does not take it.
+    again_from_codes = partial(again, context_fn=keep) if keep.cache_hash else again  # type: ignore[attr-defined]
+    noisy = plan.act is not None and plan.act.noisy
+    x_hat, x_codes = (again_from_codes if noisy else again)(partial(quantize, act, plan.act, half=half), x)
+    if plan.weight is not None and plan.weight.noisy:
+        w_hat, w_codes = again_from_codes(partial(quantize, weight, plan.weight, half=half), latent)
+    else:
+        w_hat, w_codes = quantize(weight, plan.weight, latent, half=half)  # small, and used far from where it is made
     x_hat, w_hat = pixels(x_hat, convolution), pixels(w_hat, convolution)
     if plan.act is None:
         return convolve(x_hat, w_hat, convolution)

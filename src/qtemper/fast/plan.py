@@ -99,7 +99,7 @@ def convolve(x_hat: Tensor, w_hat: Tensor, convolution: Convolution) -> Tensor:
     """The float convolution, in its dtype."""
     stride, padding, dilation, groups = convolution.geometry
     x, w = x_hat.to(convolution.dtype), w_hat.to(convolution.dtype)
-    if _multiplies(convolution, x):
+    if convolution.linear:
         return linear(x.flatten(1), w.flatten(1))[:, :, None, None]
     return conv2d(x, w, None, stride, padding, dilation, groups)
 
@@ -112,7 +112,7 @@ def convolve_backward(
     x, w = x_hat.to(grad.dtype), w_hat.to(grad.dtype)
     mask = [wanted[0], wanted[1], False]
     found: Sequence[Tensor | None]
-    if _multiplies(convolution, x):
+    if convolution.linear:
         g = grad.flatten(1)
         found = (
             (g @ w.flatten(1)).view(x.shape) if mask[0] else None,
@@ -127,8 +127,3 @@ def convolve_backward(
         None if grad_x is None else grad_x.to(x_hat.dtype),
         None if grad_w is None else grad_w.to(w_hat.dtype),
     )
-
-
-def _multiplies(convolution: Convolution, x: Tensor) -> bool:
-    """Whether a linear layer is a product of matrices here. On a GPU a convolution is TF32 by default."""
-    return convolution.linear and x.device.type != "cpu"
