@@ -281,6 +281,31 @@ def test_a_linear_layer_is_a_product_of_matrices_where_there_are_no_integers(met
     torch.testing.assert_close(gradients, expected)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [(3, (1, 1), (1, 1)), (3, (2, 1), (0, 2)), (1, (2, 2), (0, 0)), ((1, 7), (1, 1), (0, 0))],
+)
+@pytest.mark.parametrize("wanted", [(True, True), (False, True)], ids=str)
+def test_the_weights_gradient_as_a_product(kernel, stride, padding, wanted, monkeypatch):
+    monkeypatch.setattr(plan, "AMX", True)
+    memory = {"memory_format": torch.channels_last}
+    x = torch.randn(3, 128, 7, 7).bfloat16().contiguous(**memory)
+    w = (
+        torch.randn(130, 128, *(kernel if isinstance(kernel, tuple) else (kernel, kernel)))
+        .bfloat16()
+        .contiguous(**memory)
+    )
+    grad = torch.randn_like(torch.conv2d(x, w, None, stride, padding))
+    layer = plan.Convolution(Geometry(stride, padding, (1, 1), 1), False, True, torch.bfloat16)
+    assert plan._weight_gradient_is_a_product(grad, x, w.shape[2:], layer)
+    found = plan.convolve_backward(grad, x, w, layer, wanted)
+    monkeypatch.setattr(plan, "AMX", False)
+    expected = plan.convolve_backward(grad, x, w, layer, wanted)
+    assert found[1].stride() == w.stride()
+    torch.testing.assert_close(found[1], expected[1], rtol=2**-6, atol=2**-6 * float(expected[1].abs().max()))
+    assert (found[0] is None and expected[0] is None) or torch.equal(found[0], expected[0])
+
+
 def test_hooks_on_a_quantizer_and_a_forward_of_its_own_get_the_plain_forward():
     class Own(nn.Conv2d):
         def _conv_forward(self, input, weight, bias):

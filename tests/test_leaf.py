@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import qtemper
 from qtemper import functional as F
 from qtemper import leaf
 
@@ -39,8 +40,8 @@ def anew() -> None:
 @pytest.mark.skipif(not leaf._SUPPORTED, reason="this torch does not tell that it is compiling")
 def test_dynamo_sees_operators() -> None:
     targets = graph_of(fake_quantize, torch.randn(8), torch.tensor(0.1, requires_grad=True))
-    names = [str(t).split(".")[1] for t in targets if isinstance(t, torch._ops.OpOverload)]
-    assert names == ["encode", "round_ste", "positive", "decode_learned_step"]
+    names = [str(t).split(".")[1] if isinstance(t, torch._ops.OpOverload) else t for t in targets]
+    assert names == ["detach", "encode", "round_ste", "positive", "decode_learned_step"]
 
 
 def test_gradients_are_those_of_the_functions() -> None:
@@ -70,5 +71,26 @@ def test_the_name_changes_with_the_source(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(leaf, "__file__", str(tmp_path / "leaf.py"))
     try:
         assert leaf._version() != before
+        (tmp_path / "functional.py").unlink()
+        leaf._version.cache_clear()
+        first = leaf._version()
+        leaf._version.cache_clear()
+        assert leaf._version() != first  # without sources: never found again
     finally:
         leaf._version.cache_clear()
+
+
+def test_images_of_other_sizes_compile_once() -> None:
+    compiled: list[Any] = []
+
+    def backend(module: torch.fx.GraphModule, example: Any) -> Any:
+        compiled.append(module)
+        return module.forward
+
+    layer = torch.nn.Conv2d(4, 8, 3, padding=1)
+    qtemper.prepare(layer, "lsq", qtemper.BitPolicy(4, 4, first_last="same"))
+    qtemper.calibrate(layer, [torch.rand(2, 4, 8, 8)])
+    network = torch.compile(layer.train(), backend=backend, dynamic=True)
+    for size in (8, 9, 12):
+        network(torch.rand(2, 4, size, size + 1))
+    assert len(compiled) == 1

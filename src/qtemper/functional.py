@@ -171,12 +171,12 @@ def replace_value(path: Tensor, value: Tensor) -> Tensor:
     return _apply(_ReplaceValue, path, value)
 
 
-@leaf("(Tensor x, float factor) -> Tensor")
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """Forward `x`, backward `g * factor`."""
     return _replace_few(x * factor, x.detach()) if torch.is_grad_enabled() else x
 
 
+@leaf("(Tensor path, Tensor value) -> Tensor")
 def _replace_few(path: Tensor, value: Tensor) -> Tensor:
     """`replace_value` for scales: of a few elements two operations cost less than an autograd function.
 
@@ -296,7 +296,8 @@ def _decode_learned_step(value: Tensor, v: Tensor, scale: Tensor, qmin: int, qma
 @leaf("(Tensor x) -> Tensor")
 def positive(x: Tensor) -> Tensor:
     """`max(x, SCALE_FLOOR)`; the gradient passes even below the floor, so that a step can come back up."""
-    return _replace_few(x, x.detach().clamp_min(max(SCALE_FLOOR, torch.finfo(x.dtype).tiny)))
+    # SCALE_FLOOR as a literal: torch.compile(dynamic=True) makes a variable of a global float, and then fails.
+    return _replace_few(x, x.detach().clamp_min(max(1e-8, torch.finfo(x.dtype).tiny)))
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -44,9 +45,12 @@ def define(schema: str, function: Callable[..., Any], dispatch_key: str) -> Any:
 
 def _by_dynamo() -> bool:
     # Not within torch.func's transforms, which know no operator that holds an autograd function.
-    if not (_SUPPORTED and torch.compiler.is_dynamo_compiling()) or torch.compiler.is_exporting():
-        return False
-    return not torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not _transformed()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _transformed() -> bool:
+    return torch._C._are_functorch_transforms_active()
 
 
 @functools.cache
@@ -55,7 +59,8 @@ def _version() -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    read = digest.digest() != hashlib.sha256().digest()
+    return digest.hexdigest()[:16] if read else os.urandom(8).hex()  # without sources nothing is found again
 
 
 def leaf(signature: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -66,6 +71,8 @@ def leaf(signature: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        if not _SUPPORTED:
+            return function
         name = function.__name__.lstrip("_")
         operator = define(f"{name}.v{_version()}{signature}", function, "CompositeImplicitAutograd")
 

@@ -34,9 +34,10 @@ def fast_path() -> bool:
 def cached_compilation() -> Iterator[None]:
     """While this is open, torch.compile keeps all of its work on disk, for later processes to start in half the time.
 
-    By default it does so only for networks without autograd functions: its check of what may be kept does not look into
-    them. Ours read nothing but their arguments. `train.fit` opens it; around your own training loop, do so from the
-    first step on. TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD=0 overrules it. Without effect before torch 2.7.
+    By default it does so only for networks in which it sees no autograd functions: its check of what may be kept does
+    not look into them. Ours read nothing but their arguments and the kind of CPU. Since torch told what it compiles
+    (2.13) it sees them only in some methods (`leaf.py`). `train.fit` opens it; around your own training loop, do so
+    from the first step on. Without effect before torch 2.7.
     """
     if not hasattr(_aot_config, "autograd_cache_allow_custom_autograd_functions"):
         yield

@@ -26,14 +26,13 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int]
     groups: int
 
-    @property
     def numbers(self) -> list[int]:
         """All of them in a row."""
         return [*self.stride, *self.padding, *self.dilation, self.groups]
 
     @classmethod
     def of(cls, numbers: list[int]) -> Geometry:
-        """That of `numbers`."""
+        """That of `numbers()`."""
         (a, b), (c, d), (e, f), groups = numbers[:2], numbers[2:4], numbers[4:6], numbers[6]
         return cls((a, b), (c, d), (e, f), groups)
 
@@ -96,7 +95,7 @@ def convolve_codes(
     Returns:
         Shape (N, O, H', W'), channels_last; no gradient.
     """
-    result: Tensor = _convolve_codes(x, w, scale, zero_point, geometry.numbers, dtype)
+    result: Tensor = _convolve_codes(x, w, scale, zero_point, geometry.numbers(), dtype)
     return result
 
 

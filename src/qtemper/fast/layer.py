@@ -130,7 +130,7 @@ def _keep_codes() -> Any:
 
 
 # Or no graph with it would be cached. To be changed with the policy, which the cache cannot see.
-_keep_codes.cache_hash = "qtemper keeps codes, 1"  # type: ignore[attr-defined]
+_keep_codes.cache_hash = "qtemper keeps codes, 2"  # type: ignore[attr-defined]
 # torch warns of a context_fn because in-place operations in the region would break it; a quantizer has none.
 logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn is passed" not in record.msg)
 
@@ -154,5 +154,5 @@ def _compiled(act: Quantizer, weight: Quantizer, plan: LayerPlan, x: Tensor, lat
     x_codes, w_codes = pixels(x_codes, convolution), pixels(w_codes, convolution)
     scale = output_scale(act, weight, plan, x, latent)
     return _convolve_quantized(
-        x_hat, w_hat, x_codes, w_codes, scale, plan.act.shift, convolution.numbers, convolution.dtype
+        x_hat, w_hat, x_codes, w_codes, scale, plan.act.shift, convolution.numbers(), convolution.dtype
     )
