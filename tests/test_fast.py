@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import qtemper
 from qtemper import fast
 from qtemper.counter import NoiseSource
-from qtemper.fast import blocks, integer, norm, packing, plan, relu
+from qtemper.fast import blocks, convolution, integer, norm, packing, plan, relu
 from qtemper.fast import layer as fast_layer
 from qtemper.fast.integer import Geometry, convolve_codes, is_exact
 from qtemper.fast.replace import replace_float_layers
@@ -287,7 +287,7 @@ def test_a_linear_layer_is_a_product_of_matrices_where_there_are_no_integers(met
 )
 @pytest.mark.parametrize("wanted", [(True, True), (False, True)], ids=str)
 def test_the_weights_gradient_as_a_product(kernel, stride, padding, wanted, monkeypatch):
-    monkeypatch.setattr(plan, "AMX", True)
+    monkeypatch.setattr(convolution, "AMX", True)
     memory = {"memory_format": torch.channels_last}
     x = torch.randn(3, 128, 7, 7).bfloat16().contiguous(**memory)
     w = (
@@ -296,11 +296,11 @@ def test_the_weights_gradient_as_a_product(kernel, stride, padding, wanted, monk
         .contiguous(**memory)
     )
     grad = torch.randn_like(torch.conv2d(x, w, None, stride, padding))
-    layer = plan.Convolution(Geometry(stride, padding, (1, 1), 1), False, True, torch.bfloat16)
-    assert plan._weight_gradient_is_a_product(grad, x, w.shape[2:], layer)
-    found = plan.convolve_backward(grad, x, w, layer, wanted)
-    monkeypatch.setattr(plan, "AMX", False)
-    expected = plan.convolve_backward(grad, x, w, layer, wanted)
+    layer = convolution.Convolution(Geometry(stride, padding, (1, 1), 1), False, True, torch.bfloat16)
+    assert convolution._weight_gradient_is_a_product(grad, x, w.shape[2:], layer)
+    found = convolution.convolve_backward(grad, x, w, layer, wanted)
+    monkeypatch.setattr(convolution, "AMX", False)
+    expected = convolution.convolve_backward(grad, x, w, layer, wanted)
     assert found[1].stride() == w.stride()
     torch.testing.assert_close(found[1], expected[1], rtol=2**-6, atol=2**-6 * float(expected[1].abs().max()))
     assert (found[0] is None and expected[0] is None) or torch.equal(found[0], expected[0])

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtemper.fast.convolution import convolve, convolve_backward, convolve_integers, pixels
 from qtemper.fast.packing import codes_of, fake_quantize, noise_of
-from qtemper.fast.plan import LayerPlan, convolve, convolve_backward, convolve_integers, output_scale, pixels
+from qtemper.fast.plan import LayerPlan, output_scale
 from qtemper.quantizer import Quantizer
 
 BLOCK = 2**21

@@ -20,18 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from qtemper.fast.blocks import quantize_and_convolve
+from qtemper.fast.convolution import Convolution, convolve, convolve_backward, convolve_integers, pixels
 from qtemper.fast.integer import POINTWISE, Geometry
 from qtemper.fast.packing import quantize
-from qtemper.fast.plan import (
-    Convolution,
-    LayerPlan,
-    convolve,
-    convolve_backward,
-    convolve_integers,
-    output_scale,
-    pixels,
-    plan_layer,
-)
+from qtemper.fast.plan import LayerPlan, output_scale, plan_layer
 from qtemper.leaf import leaf
 from qtemper.quantizer import Quantizer
 
