@@ -224,21 +224,22 @@ def test_a_cpu_whose_products_saturate_uses_the_float_convolution(bits, monkeypa
     torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
 
 
+def second_derivatives(layer, x, *, enabled):
+    fast.use_fast_path(enabled)
+    leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    wanted = [leaf, *layer.parameters()]
+    value = layer(leaf).square().square().sum()
+    first = torch.autograd.grad(value, wanted, create_graph=True)
+    return torch.autograd.grad(sum((g * g).sum() for g in first), wanted, allow_unused=True)
+
+
 @pytest.mark.parametrize("method", ["lsq", "ewgs", "on_grid"])
 def test_second_derivatives_are_those_of_the_plain_forward(method):
     layer, x = make("conv", METHODS[method])
-
-    def second(enabled):
-        fast.use_fast_path(enabled)
-        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
-        wanted = [leaf, *layer.parameters()]
-        value = layer(leaf).square().square().sum()
-        first = torch.autograd.grad(value, wanted, create_graph=True)
-        return torch.autograd.grad(sum((g * g).sum() for g in first), wanted, allow_unused=True)
-
     # EWGS scales by the sign of g: of two gradients that plain autograd adds up first, the fast path scales each.
     close = 1e-2 if method == "ewgs" else 1e-3
-    for found, expected in zip(second(True), second(False), strict=True):
+    both = [second_derivatives(layer, x, enabled=enabled) for enabled in (True, False)]
+    for found, expected in zip(*both, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=close * float(expected.abs().max()))
 
 
@@ -261,6 +262,9 @@ def test_a_parameter_of_both_quantizers_gets_its_gradient_once():
     _, gradients = run(layer, x, enabled=True)
     _, expected = run(layer, x, enabled=False)
     torch.testing.assert_close(gradients, expected)
+    both = [second_derivatives(layer, x, enabled=enabled) for enabled in (True, False)]
+    for found, wanted in zip(*both, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
 def test_a_batch_of_no_images_has_a_gradient_of_none(monkeypatch):

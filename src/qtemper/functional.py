@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from qtemper.leaf import leaf
-from qtemper.loops import clamp_in_loops, in_memory, in_pixel_order, total
+from qtemper.loops import Order, clamp_in_loops, in_memory, order_of_sums, partial_sums
 
 Levels = Literal["unsigned", "signed", "symmetric"]
 """Kinds of uniform grid; see `code_range`."""
@@ -79,7 +79,7 @@ def _encode(x: Tensor, scale: Tensor, qmin: int, qmax: int, zero_point: float) -
     position = x * in_memory(scale.reciprocal())
     if zero_point:
         position = position + zero_point
-    return clamp(position, qmin, qmax)
+    return position.clamp_(qmin, qmax) if _unseen() else clamp(position, qmin, qmax)
 
 
 def decode(v: Tensor, scale: Tensor, limits: CodeRange) -> Tensor:
@@ -196,14 +196,14 @@ class _ElementwiseGradientScaling(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         # Inputs only: `v - value` saved as a constant would give a silently wrong second derivative.
         ctx.save_for_backward(*inputs[:3])
-        ctx.sums, ctx.by_pixels = inputs[3], in_pixel_order(inputs[0])
+        ctx.sums, ctx.order = inputs[3], order_of_sums(inputs[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         v, value, delta = ctx.saved_tensors
         if ctx.sums is not None:
             noise = (value - torch.round(v)).detach().to(torch.float32)
-            _probe_curvature(grad.detach().to(torch.float32), noise, ctx.sums, ctx.by_pixels)
+            _probe_curvature(grad.detach().to(torch.float32), noise, ctx.sums, ctx.order)
         factor = 1 + delta * torch.sign(grad) * (v - value)
         return grad * factor.clamp_min(0), None, None, None
 
@@ -234,9 +234,10 @@ def elementwise_gradient_scaling(v: Tensor, value: Tensor, delta: Tensor, sums: 
     return _apply(_ElementwiseGradientScaling, v, value, delta, sums)
 
 
-def _probe_curvature(g: Tensor, noise: Tensor, sums: Tensor, by_pixels: bool) -> None:
-    count = torch.full((), float(g.numel()), device=g.device)
-    sums.add_(torch.stack([*(total(x, by_pixels) for x in (g * noise, noise * noise, g, g * g)), count]))
+def _probe_curvature(g: Tensor, noise: Tensor, sums: Tensor, order: Order) -> None:
+    partial = [partial_sums(x, order) for x in (g * noise, noise * noise, g, g * g)]
+    count = torch.full_like(partial[0], g.numel() / len(partial[0]))
+    sums.add_(torch.stack([*partial, count]).sum(1))
 
 
 class _DecodeLearnedStep(torch.autograd.Function):
@@ -252,7 +253,7 @@ class _DecodeLearnedStep(torch.autograd.Function):
         value, v, scale, ctx.qmin, ctx.qmax, ctx.zero_point = inputs
         # The output is in memory anyway, so noise in `value` need not be drawn again (autograd knows its graph as it
         # knows that of an input). A compiler makes `value` again, from x or from kept codes, and reads less memory.
-        ctx.by_value, ctx.by_pixels = torch.compiler.is_compiling(), in_pixel_order(v)
+        ctx.by_value, ctx.order = torch.compiler.is_compiling(), order_of_sums(v)
         ctx.save_for_backward(value if ctx.by_value else output, v, scale)
 
     @staticmethod
@@ -263,9 +264,11 @@ class _DecodeLearnedStep(torch.autograd.Function):
         if ctx.by_value:
             residual = inside - (rounded - ctx.zero_point if ctx.zero_point else rounded)  # negative
         else:
-            residual = torch.addcmul(inside, rounded, scale.detach().reciprocal(), value=-1)  # the same in one pass
+            addcmul, factor = torch.Tensor.addcmul_ if _unseen() else torch.addcmul, scale.detach().reciprocal()
+            residual = addcmul(inside, rounded, factor, value=-1)  # the same in one pass
+        product = residual.mul_(grad) if _unseen() else residual * grad
         # Detached: x / s in `encode` has a detached s, and dL/dx as a whole does not depend on s.
-        grad_scale = -_sum_to(grad * residual, scale.shape, ctx.by_pixels)
+        grad_scale = -_sum_to(product, scale.shape, ctx.order)
         return grad * in_memory(scale.detach()), None, grad_scale, None, None, None
 
 
@@ -312,10 +315,16 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     return result
 
 
-def _sum_to(x: Tensor, shape: torch.Size, by_pixels: bool) -> Tensor:
+def _unseen() -> bool:
+    """Whether nobody records what is computed, so that a temporary may be overwritten, in half the time."""
+    seen = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not seen and not torch._C._are_functorch_transforms_active()
+
+
+def _sum_to(x: Tensor, shape: torch.Size, order: Order) -> Tensor:
     """Undo a broadcast: sum `x` down to `shape`."""
     if not shape:
-        return total(x, by_pixels)
+        return partial_sums(x, order).sum()
     dims = [i for i in range(x.dim()) if shape[i] == 1 and x.shape[i] != 1]
     return x.sum(dims, keepdim=True) if dims else x
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qtemper.leaf import compiling
+
+Order = Literal["any", "pixels", "rows"]
+"""Of a sum: `pixels` is that of a batch norm's loop, `rows` one row of an image or kernel after the other."""
 
 
 def in_memory(x: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
@@ -50,22 +54,40 @@ def clamp_in_loops(x: Tensor, low: float, high: float) -> Tensor:
 
 
 def sum_pixels(x: Tensor) -> Tensor:
-    """Images (N, C, H, W) to (C,), a row of an image after the other.
+    """Images (N, C, H, W) to (C,), a row of an image after the other; of rows that are short, an image.
 
     To a compiler a hint: over channels_last the order of the memory. Sums of the same images are then one loop.
     """
-    return x.permute(0, 2, 3, 1).sum(2).sum((0, 1))
+    x = x.permute(0, 2, 3, 1)
+    # inductor writes out a sum of fewer than 8 numbers, and for each of them again what the number is made of.
+    return x.sum(2).sum((0, 1)) if x.shape[2] >= 8 else x.sum((1, 2)).sum(0)
 
 
-def in_pixel_order(x: Tensor) -> bool:
-    """Whether sums over what lies in memory as `x` does are to be `sum_pixels`'s: in the loop of the next batch norm.
+def order_of_sums(x: Tensor) -> Order:
+    """How sums over what lies in memory as `x` does are to be taken.
 
     To be asked in the forward pass: Dynamo copies every gradient for a backward that looks at how memory is laid out.
     """
-    images = torch.compiler.is_compiling() and x.device.type == "cpu" and x.dim() == 4
-    return images and x.is_contiguous(memory_format=torch.channels_last)
+    if not torch.compiler.is_compiling() or x.device.type != "cpu" or x.dim() != 4:
+        return "any"
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return "any"
+    return "pixels" if x.shape[2] * x.shape[3] > 9 else "rows"  # what has the size of a 3x3 kernel is one
 
 
-def total(x: Tensor, by_pixels: bool) -> Tensor:
-    """The sum of all elements."""
-    return sum_pixels(x).sum() if by_pixels else x.sum()
+def maximum(x: Tensor) -> Tensor:
+    """The largest element, NaN if there is one."""
+    return _rows(x).amax(-1).amax() if order_of_sums(x) == "rows" else x.amax()
+
+
+def partial_sums(x: Tensor, order: Order = "any") -> Tensor:
+    """Some numbers whose sum is that of all elements."""
+    if order == "pixels":
+        return sum_pixels(x)
+    return _rows(x).sum(-1) if order == "rows" else x.sum()[None]
+
+
+def _rows(kernels: Tensor) -> Tensor:
+    """Kernels (O, I, kH, kW) by their rows, in the order of the memory; by whole kernels where a row is short."""
+    x = kernels.permute(0, 2, 3, 1)
+    return x.flatten(2).flatten(0, 1) if x.shape[2] * x.shape[3] >= 8 else x.flatten(1)

@@ -24,7 +24,7 @@ BLOCK = 2**21
 
 def quantize_and_convolve(act: Quantizer, weight: Quantizer, plan: LayerPlan, x: Tensor, latent: Tensor) -> Tensor:
     """The output of a layer without its bias; a linear layer's as images of one pixel."""
-    parameters = [p for q in (act, weight) for p in q.parameters()]
+    parameters = dict.fromkeys(p for q in (act, weight) for p in q.parameters())  # one that both have counts once
     result: Tensor = _Blocked.apply(act, weight, plan, x, latent, *parameters)  # type: ignore[no-untyped-call]
     return result
 
@@ -93,9 +93,8 @@ def _backward_by_blocks(
 ) -> list[Tensor | None]:
     x, latent, *parameters = inputs
     convolution = plan.convolution
-    split = len(list(act.parameters()))
-    for_act = wanted[0] or any(wanted[2 : 2 + split])
-    for_weight = wanted[1] or any(wanted[2 + split :])
+    for_act = wanted[0] or any(p.requires_grad for p in act.parameters())
+    for_weight = wanted[1] or any(p.requires_grad for p in weight.parameters())
     with torch.enable_grad():
         w_leaf = latent.detach().requires_grad_()
         w_hat = fake_quantize(weight, plan.weight, w_leaf)
@@ -108,21 +107,17 @@ def _backward_by_blocks(
         grad, pixels(x_hat, convolution), pixels(w_hat.detach(), convolution), convolution, (for_act, for_weight)
     )
     del x_hat
-    result: list[Tensor | None] = [None] * len(inputs)
-    if grad_w is not None:
-        found = _gradients([w_hat], [w_leaf, *parameters[split:]], [grad_w.reshape(w_hat.shape)])
-        result[1], result[2 + split :] = found[0], found[1:]
+    outs, grads = [], []
     if grad_x is not None:
-        grad_x = grad_x.reshape(x.shape)
         outs = [out for _, _, out in parts]
-        found = _gradients(
-            outs,
-            [*(leaf for _, leaf, _ in parts), *parameters[:split]],
-            [grad_x[rows].to(out.dtype) for rows, _, out in parts],
-        )
-        pieces = [(rows, piece) for (rows, _, _), piece in zip(parts, found, strict=False) if piece is not None]
-        result[0] = _joined(x, pieces, x.dtype) if pieces or not parts else None
-        result[2 : 2 + split] = found[len(parts) :]
+        grads = [grad_x.reshape(x.shape)[rows].to(out.dtype) for rows, _, out in parts]
+    if grad_w is not None:
+        outs.append(w_hat)
+        grads.append(grad_w.reshape(w_hat.shape))
+    grad_latent, *found = _gradients(outs, [w_leaf, *parameters, *(leaf for _, leaf, _ in parts)], grads)
+    found, pieces = found[: len(parameters)], found[len(parameters) :]
+    some = [(rows, piece) for (rows, _, _), piece in zip(parts, pieces, strict=True) if piece is not None]
+    result = [_joined(x, some, x.dtype) if some or not parts else None, grad_latent, *found]
     return [g if w else None for g, w in zip(result, wanted, strict=True)]
 
 

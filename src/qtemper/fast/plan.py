@@ -11,6 +11,7 @@ from torch import Tensor
 from qtemper.fast.convolution import Convolution
 from qtemper.fast.integer import ACCUMULATOR_MAX, Geometry, is_exact
 from qtemper.fast.packing import Packing, packing_of
+from qtemper.loops import maximum
 from qtemper.quantizer import Quantizer
 
 
@@ -59,5 +60,5 @@ def output_scale(act: Quantizer, weight: Quantizer, plan: LayerPlan, x: Tensor, 
         scales = act.grid.scale(x.float()) * weight.grid.scale(latent)
         scale = (scales / (plan.act.steps * plan.weight.steps)).reshape(-1)
         # The largest of numbers with a NaN among them is NaN; a mask of all elements would cost ten times as much.
-        largest = latent.amax() if act.training or x.numel() == 0 else latent.amax() + x.amax()
-        return torch.where(torch.isnan(largest), torch.nan, scale)
+        number = maximum(latent) if act.training or x.numel() == 0 else maximum(latent) + maximum(x)
+        return torch.where(torch.isnan(number), torch.nan, scale)

@@ -57,7 +57,9 @@ class LearnedStep(Grid):
 
     def encode(self, x: Tensor) -> Tensor:
         """Position of `x`; the gradient of the step is in `decode`."""
-        return F.encode(x, self.scale(x).detach(), self.limits)
+        with torch.no_grad():
+            scale = self.scale(x)
+        return F.encode(x, scale, self.limits)
 
     def decode(self, value: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """Real values of positions, training the step."""
