@@ -267,6 +267,35 @@ def test_a_parameter_of_both_quantizers_gets_its_gradient_once():
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_layer_that_is_used_twice_counts_each_use_once(create_graph):
+    layer, x = nn.Linear(8, 8), torch.randn(4, 8)
+    qtemper.prepare(layer, "lsq", qtemper.BitPolicy(4, 4, first_last="same"))
+    qtemper.calibrate(layer, [x])
+    layer.train()
+
+    def gradients(enabled):
+        fast.use_fast_path(enabled)
+        return torch.autograd.grad(layer(layer(x)).square().sum(), [*layer.parameters()], create_graph=create_graph)
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=1e-4, atol=1e-4)
+
+
+def test_functional_call_gives_the_gradient_of_what_it_was_called_with():
+    layer, x = make()
+
+    def gradients(enabled):
+        fast.use_fast_path(enabled)
+        others = {name: (1.5 * p).detach().requires_grad_() for name, p in layer.named_parameters()}
+        torch.func.functional_call(layer, others, x).square().sum().backward()
+        return {name: p.grad for name, p in others.items()}
+
+    before = {name: p.clone() for name, p in layer.named_parameters()}
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=1e-4, atol=1e-3)
+    assert all(p.grad is None and isinstance(p, nn.Parameter) for p in layer.parameters())
+    torch.testing.assert_close(dict(layer.named_parameters()), before)
+
+
 def test_a_batch_of_no_images_has_a_gradient_of_none(monkeypatch):
     monkeypatch.setattr(plan, "packing_of", lambda *_, **__: None)
     layer, x = make()

@@ -68,6 +68,17 @@ def test_gradient_scaling_never_turns_the_gradient_around():
     assert v.grad.tolist() == pytest.approx([1.2, 0.0, -1.2, 0.0])
 
 
+def test_gradients_of_many_outputs_at_once():
+    limits = F.code_range(2, "signed")
+    x, step = torch.randn(6).requires_grad_(), torch.tensor(0.4).requires_grad_()
+    v = F.encode(x, step.detach(), limits)
+    x_hat = F.decode_learned_step(F.round_ste(v), v, step, limits)
+    together = torch.autograd.grad(x_hat, (x, step), torch.eye(6), is_grads_batched=True, retain_graph=True)
+    each = zip(*(torch.autograd.grad(x_hat, (x, step), row, retain_graph=True) for row in torch.eye(6)), strict=True)
+    for found, expected in zip(together, each, strict=True):
+        torch.testing.assert_close(found, torch.stack(expected))
+
+
 def test_vmap_over_the_autograd_functions():
     v = torch.randn(3, 5, dtype=torch.float64)
 

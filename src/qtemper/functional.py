@@ -236,7 +236,7 @@ def elementwise_gradient_scaling(v: Tensor, value: Tensor, delta: Tensor, sums: 
 
 def _probe_curvature(g: Tensor, noise: Tensor, sums: Tensor, order: Order) -> None:
     partial = [partial_sums(x, order) for x in (g * noise, noise * noise, g, g * g)]
-    count = torch.full_like(partial[0], g.numel() / len(partial[0]))
+    count = torch.full_like(partial[0], g.numel() / partial[0].numel())
     sums.add_(torch.stack([*partial, count]).sum(1))
 
 
@@ -317,14 +317,16 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
 
 def _unseen() -> bool:
     """Whether nobody records what is computed, so that a temporary may be overwritten, in half the time."""
-    seen = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return not seen and not torch._C._are_functorch_transforms_active()
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    # Gradients of many outputs at once, `is_grads_batched`, are no transform of torch.func.
+    return not torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
 
 
 def _sum_to(x: Tensor, shape: torch.Size, order: Order) -> Tensor:
     """Undo a broadcast: sum `x` down to `shape`."""
     if not shape:
-        return partial_sums(x, order).sum()
+        return x.sum() if order == "any" else partial_sums(x, order).sum()
     dims = [i for i in range(x.dim()) if shape[i] == 1 and x.shape[i] != 1]
     return x.sum(dims, keepdim=True) if dims else x
 

@@ -11,7 +11,10 @@ from torch import Tensor
 from qtemper.leaf import compiling
 
 Order = Literal["any", "pixels", "rows"]
-"""Of a sum: `pixels` is that of a batch norm's loop, `rows` one row of an image or kernel after the other."""
+"""Of a sum: `pixels` that of a batch norm's loop, `rows` one row of a kernel after the other."""
+
+UNROLLED = 8
+"""inductor writes out a sum of fewer numbers, and for each of them again what the number is made of."""
 
 
 def in_memory(x: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
@@ -59,8 +62,7 @@ def sum_pixels(x: Tensor) -> Tensor:
     To a compiler a hint: over channels_last the order of the memory. Sums of the same images are then one loop.
     """
     x = x.permute(0, 2, 3, 1)
-    # inductor writes out a sum of fewer than 8 numbers, and for each of them again what the number is made of.
-    return x.sum(2).sum((0, 1)) if x.shape[2] >= 8 else x.sum((1, 2)).sum(0)
+    return x.sum(2).sum((0, 1)) if x.shape[2] >= UNROLLED else x.sum((1, 2)).sum(0)
 
 
 def order_of_sums(x: Tensor) -> Order:
@@ -68,7 +70,7 @@ def order_of_sums(x: Tensor) -> Order:
 
     To be asked in the forward pass: Dynamo copies every gradient for a backward that looks at how memory is laid out.
     """
-    if not torch.compiler.is_compiling() or x.device.type != "cpu" or x.dim() != 4:
+    if not compiling() or x.device.type != "cpu" or x.dim() != 4:
         return "any"
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "any"
@@ -80,7 +82,7 @@ def maximum(x: Tensor) -> Tensor:
     return _rows(x).amax(-1).amax() if order_of_sums(x) == "rows" else x.amax()
 
 
-def partial_sums(x: Tensor, order: Order = "any") -> Tensor:
+def partial_sums(x: Tensor, order: Order) -> Tensor:
     """Some numbers whose sum is that of all elements."""
     if order == "pixels":
         return sum_pixels(x)
@@ -90,4 +92,4 @@ def partial_sums(x: Tensor, order: Order = "any") -> Tensor:
 def _rows(kernels: Tensor) -> Tensor:
     """Kernels (O, I, kH, kW) by their rows, in the order of the memory; by whole kernels where a row is short."""
     x = kernels.permute(0, 2, 3, 1)
-    return x.flatten(2).flatten(0, 1) if x.shape[2] * x.shape[3] >= 8 else x.flatten(1)
+    return x.flatten(2).flatten(0, 1) if x.shape[2] * x.shape[3] >= UNROLLED else x.flatten(1)

@@ -7,7 +7,8 @@ keeps their graph for as long as the gradient of that layer's convolution takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ BLOCK = 2**21
 
 def quantize_and_convolve(act: Quantizer, weight: Quantizer, plan: LayerPlan, x: Tensor, latent: Tensor) -> Tensor:
     """The output of a layer without its bias; a linear layer's as images of one pixel."""
-    parameters = dict.fromkeys(p for q in (act, weight) for p in q.parameters())  # one that both have counts once
-    result: Tensor = _Blocked.apply(act, weight, plan, x, latent, *parameters)  # type: ignore[no-untyped-call]
+    places = _places(act, weight)
+    parameters = [values[name] for values, name in places]
+    result: Tensor = _Blocked.apply(act, weight, plan, places, x, latent, *parameters)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -34,9 +36,16 @@ class _Blocked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, act: Quantizer, weight: Quantizer, plan: LayerPlan, x: Tensor, latent: Tensor, *parameters: Tensor
+        ctx: Any,
+        act: Quantizer,
+        weight: Quantizer,
+        plan: LayerPlan,
+        places: _Places,
+        x: Tensor,
+        latent: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
-        ctx.act, ctx.weight, ctx.plan = act, weight, plan
+        ctx.act, ctx.weight, ctx.plan, ctx.places = act, weight, plan, places
         ctx.modes = act.training, weight.training
         # The keys only so that autograd notices if noise is drawn anew before the backward pass has drawn it again.
         ctx.save_for_backward(x, latent, *parameters, *(noise.key for noise in noise_of(act, weight)))
@@ -55,18 +64,46 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         act, weight, plan = ctx.act, ctx.weight, ctx.plan
-        x, latent, *parameters = ctx.saved_tensors[: len(ctx.needs_input_grad) - 3]
-        wanted = ctx.needs_input_grad[3:]
+        x, latent, *parameters = ctx.saved_tensors[: len(ctx.needs_input_grad) - 4]
+        wanted = ctx.needs_input_grad[4:]
         modes = act.training, weight.training
         act.training, weight.training = ctx.modes
+        # The parameters of the forward pass, which `torch.func.functional_call` has put away, and each as a tensor of
+        # its own: one may be in two places, or in a layer that is used twice, where `x` depends on it as well.
+        if torch.is_grad_enabled():  # a derivative of this derivative is wanted
+            gradients = _differentiable
+            latent, *parameters = (t.view_as(t) for t in (latent, *parameters))
+        else:
+            gradients = _backward_by_blocks
+            parameters = [t.detach().requires_grad_(t.requires_grad) for t in parameters]
         try:
-            if torch.is_grad_enabled():  # a derivative of this derivative is wanted
-                found = _differentiable(act, weight, plan, (x, latent, *parameters), wanted, grad)
-            else:
-                found = _backward_by_blocks(act, weight, plan, (x, latent, *parameters), wanted, grad)
+            with _filled(ctx.places, parameters):
+                found = gradients(act, weight, plan, (x, latent, *parameters), wanted, grad)
         finally:
             act.training, weight.training = modes
-        return None, None, None, *found
+        return None, None, None, None, *found
+
+
+_Places = list[tuple[dict[str, Any], str]]
+
+
+def _places(*quantizers: Quantizer) -> _Places:
+    """Where their parameters are, a shared one in several places."""
+    modules = [module for quantizer in quantizers for module in quantizer.modules()]
+    return [(m._parameters, name) for m in modules for name, value in m._parameters.items() if value is not None]
+
+
+@contextmanager
+def _filled(places: _Places, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Other tensors in the place of parameters."""
+    own = [parameters[name] for parameters, name in places]
+    try:
+        for (parameters, name), tensor in zip(places, tensors, strict=True):
+            parameters[name] = tensor
+        yield
+    finally:
+        for (parameters, name), tensor in zip(places, own, strict=True):
+            parameters[name] = tensor
 
 
 _Inputs = tuple[Tensor, ...]

@@ -123,7 +123,7 @@ def _keep_codes() -> Any:
 
 # Or no graph with it would be cached. To be changed with the policy, which the cache cannot see.
 _keep_codes.cache_hash = "qtemper keeps codes, 2"  # type: ignore[attr-defined]
-# torch warns of a context_fn because in-place operations in the region would break it; a quantizer has none.
+# torch warns of a context_fn because in-place operations in the region would break it; compiled, a quantizer has none.
 logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn is passed" not in record.msg)
 
 

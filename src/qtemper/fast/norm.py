@@ -3,7 +3,8 @@
 Over images in channels_last, inductor's own loops for the sums of batch norm go through the whole tensor once for each
 16 channels, at half the bandwidth (torch 2.13, AVX-512), and its formula for the output reads five vectors of channels,
 for which the output is written to memory again in the backward pass. Here the sums are taken over the rows of an image
-first, and the output is `x * scale + shift`. A model's own float layer is what runs elsewhere, and not compiled.
+first (over a small image as a whole), and the output is `x * scale + shift`. A model's own float layer is what runs
+elsewhere, and not compiled.
 """
 
 from __future__ import annotations

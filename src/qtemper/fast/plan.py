@@ -60,5 +60,5 @@ def output_scale(act: Quantizer, weight: Quantizer, plan: LayerPlan, x: Tensor, 
         scales = act.grid.scale(x.float()) * weight.grid.scale(latent)
         scale = (scales / (plan.act.steps * plan.weight.steps)).reshape(-1)
         # The largest of numbers with a NaN among them is NaN; a mask of all elements would cost ten times as much.
-        number = maximum(latent) if act.training or x.numel() == 0 else maximum(latent) + maximum(x)
-        return torch.where(torch.isnan(number), torch.nan, scale)
+        largest = maximum(latent) if act.training or x.numel() == 0 else maximum(latent) + maximum(x)
+        return torch.where(torch.isnan(largest), torch.nan, scale)
