@@ -266,9 +266,8 @@ class _DecodeLearnedStep(torch.autograd.Function):
         else:
             addcmul, factor = torch.Tensor.addcmul_ if _unseen() else torch.addcmul, scale.detach().reciprocal()
             residual = addcmul(inside, rounded, factor, value=-1)  # the same in one pass
-        product = residual.mul_(grad) if _unseen() else residual * grad
         # Detached: x / s in `encode` has a detached s, and dL/dx as a whole does not depend on s.
-        grad_scale = -_sum_to(product, scale.shape, ctx.order)
+        grad_scale = -_sum_to(grad * residual, scale.shape, ctx.order)
         return grad * in_memory(scale.detach()), None, grad_scale, None, None, None
 
 
@@ -316,11 +315,12 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
 
 
 def _unseen() -> bool:
-    """Whether nobody records what is computed, so that a temporary may be overwritten, in half the time."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    # Gradients of many outputs at once, `is_grads_batched`, are no transform of torch.func.
-    return not torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
+    """Whether nobody records what is computed, so that a temporary may be overwritten, in half the time.
+
+    Not with a gradient: of many outputs at once (`is_grads_batched`) it has a dimension that the temporary has not.
+    """
+    seen = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not seen and not torch._C._are_functorch_transforms_active()
 
 
 def _sum_to(x: Tensor, shape: torch.Size, order: Order) -> Tensor:
