@@ -3,6 +3,8 @@
 import copy
 import math
 import platform
+import sys
+import threading
 from functools import partial
 
 import pytest
@@ -601,3 +603,34 @@ def test_a_compiled_network_is_found_again(method, tmp_path, monkeypatch):
         results.append((out, [p.grad.clone() for p in layer.parameters()]))
         assert torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"] == hits
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.fixture
+def unprepared():
+    fast.prepare_compiler.cache_clear()
+    yield
+    fast.prepare_compiler.cache_clear()
+
+
+def wait_for_compiler():
+    for thread in threading.enumerate():
+        if thread.name == "qtemper-compiler":
+            thread.join()
+
+
+def test_the_compiler_is_prepared_once_and_in_torchs_cache(unprepared, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    fast.prepare_compiler()
+    assert not list(tmp_path.rglob("*.so"))  # it does not wait
+    fast.prepare_compiler()
+    assert sum(thread.name == "qtemper-compiler" for thread in threading.enumerate()) == 1
+    wait_for_compiler()
+    assert list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.parametrize("program", ["/no/such/python", "false", ""])
+def test_a_compiler_that_cannot_be_prepared_is_no_error(program, unprepared, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "executable", program)
+    fast.prepare_compiler()
+    wait_for_compiler()
+    assert capfd.readouterr() == ("", "")

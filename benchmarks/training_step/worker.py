@@ -37,6 +37,8 @@ class Bench:
         self.setup = setup
         self.empty = memory.resident()
         started = time.perf_counter()
+        if contestant.compiled and setup.device == "cpu":
+            qtemper.fast.prepare_compiler()
         self.images, self.labels = setup.data()
         subject = contestant.build(setup, self.images)
         self.model, self.before_step = subject.model, subject.before_step

@@ -13,6 +13,10 @@ from contextlib import contextmanager
 
 from torch._functorch import config as _aot_config
 
+from qtemper.fast.compiler import prepare_compiler
+
+__all__ = ["cached_compilation", "fast_path", "prepare_compiler", "use_fast_path"]
+
 _enabled = os.environ.get("QTEMPER_FAST", "1") != "0"
 
 

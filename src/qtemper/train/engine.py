@@ -18,7 +18,7 @@ from qtemper.curvature import update_curvature
 from qtemper.data.images import batch_share
 from qtemper.data.source import Source
 from qtemper.errors import CheckpointError
-from qtemper.fast import cached_compilation
+from qtemper.fast import cached_compilation, prepare_compiler
 from qtemper.progress import set_progress, temperature
 from qtemper.quantizer import quantizers
 from qtemper.train.accuracy import evaluate
@@ -195,6 +195,8 @@ class _Trainer:
 
     def compiled(self, model: nn.Module) -> Any:
         """The network through torch.compile, and through CUDA graphs where there can be any."""
+        if self.fabric.device.type == "cpu" and self.fabric.local_rank == 0:
+            prepare_compiler()
         graphs = self.config.cuda_graphs and self.fabric.device.type == "cuda" and self.fabric.world_size == 1
         return torch.compile(model, fullgraph=True, mode="reduce-overhead" if graphs else None)
 
