@@ -32,6 +32,7 @@ from qtemper.train import (
     OptimConfig,
     TrainConfig,
     TrainingInterrupted,
+    engine,
     evaluate,
     fit,
 )
@@ -687,6 +688,15 @@ def test_no_compiler_is_one_clear_error(data: ImageData, tmp_path: Path, monkeyp
     with pytest.raises(ValueError, match="no no-such-compiler: install one .* --set train.compile=false"):
         train(model_for(None), data, config(compile=True), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_compiler_is_prepared_for_a_compiled_training(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(engine, "prepare_compiler", lambda: calls.append(True))
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    for compiled in (False, True):
+        train(model_for("lsq"), data, config(epochs=1, compile=compiled))
+        assert len(calls) == compiled
 
 
 def test_a_deepcopy_trains_the_same(data: ImageData) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import platform
 import sys
 import threading
@@ -605,19 +606,23 @@ def test_a_compiled_network_is_found_again(method, tmp_path, monkeypatch):
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
+def wait_for_compiler():
+    for thread in threading.enumerate():
+        if thread.name == "qtemper-compiler":
+            thread.join(300)
+            assert not thread.is_alive()
+
+
 @pytest.fixture
-def unprepared():
+def unprepared(monkeypatch):
+    wait_for_compiler()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     fast.prepare_compiler.cache_clear()
     yield
     fast.prepare_compiler.cache_clear()
 
 
-def wait_for_compiler():
-    for thread in threading.enumerate():
-        if thread.name == "qtemper-compiler":
-            thread.join()
-
-
+@pytest.mark.slow
 def test_the_compiler_is_prepared_once_and_in_torchs_cache(unprepared, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     fast.prepare_compiler()
@@ -625,7 +630,8 @@ def test_the_compiler_is_prepared_once_and_in_torchs_cache(unprepared, tmp_path,
     fast.prepare_compiler()
     assert sum(thread.name == "qtemper-compiler" for thread in threading.enumerate()) == 1
     wait_for_compiler()
-    assert list(tmp_path.rglob("*.so"))
+    kernels = [path for path in tmp_path.rglob("*.cpp") if "* in_ptr0" in path.read_text()]
+    assert [path for kernel in kernels for path in kernel.parent.glob(f"{kernel.stem}*.so")]
 
 
 @pytest.mark.parametrize("program", ["/no/such/python", "false", ""])
@@ -634,3 +640,9 @@ def test_a_compiler_that_cannot_be_prepared_is_no_error(program, unprepared, mon
     fast.prepare_compiler()
     wait_for_compiler()
     assert capfd.readouterr() == ("", "")
+
+
+def test_no_second_process_on_a_single_core(unprepared, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    fast.prepare_compiler()
+    assert not [thread for thread in threading.enumerate() if thread.name == "qtemper-compiler"]

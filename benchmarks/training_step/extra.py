@@ -50,13 +50,16 @@ def curvature_line(found: dict[str, Any]) -> str:
 
 
 def compile_times(keys: list[str], setup: Setup, *, fast: bool, say: Say) -> dict[str, dict[str, Any]]:
-    """Seconds of the first step with an empty compiler cache, and in a second process with the first one's cache."""
+    """Seconds of the first step with an empty compiler cache, and in a second process with the first one's cache.
+
+    Headers that torch compiles are not in its cache directory but in that of temporary files.
+    """
     found: dict[str, dict[str, Any]] = {}
     for key in keys:
         with tempfile.TemporaryDirectory(prefix="training-step-cache-") as cache:
             try:
                 for start in ("cold", "cached"):
-                    directory = {"TORCHINDUCTOR_CACHE_DIR": cache}
+                    directory = {"TORCHINDUCTOR_CACHE_DIR": cache, "TMPDIR": cache}
                     with worker(key, setup, fast=fast, environment=directory) as one:
                         found.setdefault(key, {})[start] = one.begin()["first_step_seconds"]
                 say(f"{key}: first step {found[key]['cold']:.1f} s, second start {found[key]['cached']:.1f} s")

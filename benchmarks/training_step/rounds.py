@@ -58,7 +58,7 @@ class Worker:
             stderr=self.log,
             cwd=ROOT,
             env=_environment(setup, NO_FAST if contestant.home == "ours" and not fast else {}) | (environment or {}),
-            start_new_session=True,  # so that it can be ended together with the compiler processes that it started
+            start_new_session=True,  # to be ended together with the compilers that it started (but prepare_compiler's)
         )
 
     def begin(self) -> dict[str, Any]:
