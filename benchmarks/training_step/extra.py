@@ -52,11 +52,12 @@ def curvature_line(found: dict[str, Any]) -> str:
 def compile_times(keys: list[str], setup: Setup, *, fast: bool, say: Say) -> dict[str, dict[str, Any]]:
     """Seconds of the first step with an empty compiler cache, and in a second process with the first one's cache.
 
-    Headers that torch compiles are not in its cache directory but in that of temporary files.
+    Headers that torch compiles are not in its cache directory but in that of temporary files. Of both, a process that
+    prepares the compiler may still write some while they are removed.
     """
     found: dict[str, dict[str, Any]] = {}
     for key in keys:
-        with tempfile.TemporaryDirectory(prefix="training-step-cache-") as cache:
+        with tempfile.TemporaryDirectory(prefix="training-step-cache-", ignore_cleanup_errors=True) as cache:
             try:
                 for start in ("cold", "cached"):
                     directory = {"TORCHINDUCTOR_CACHE_DIR": cache, "TMPDIR": cache}
